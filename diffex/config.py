@@ -1,0 +1,508 @@
+"""Every setting of an experiment: frozen dataclasses, strict YAML, ``--set a.b=v``, digests.
+
+One dotted name (``autoencoder.lambda1``) is the YAML key, the dataclass field, the ``--set`` key, the Optuna parameter,
+the MLflow parameter and the column of the scoreboard.  Values are checked once, here; the rest of the library trusts
+them.  ``diffex config`` prints all of this with the documentation below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+
+from diffex.errors import UserError, did_you_mean
+
+
+def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
+            choices: tuple[str, ...] | None = None) -> Any:  # fmt: skip
+    """A dataclass field with documentation, bounds (inclusive, element by element for tuples) and allowed words."""
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which images, and how they are cut into training, validation and test images."""
+
+    path: str | None = setting(None, "folder with one sub-folder per class, or Parquet file; null: the simulated assay")
+    classes: tuple[str, ...] = setting((), "class names to use; empty: all")
+    channels: tuple[str, ...] = setting(
+        (), "channels to use, by name or number from 0; empty: all (assay: its default)"
+    )
+    channel_names: tuple[str, ...] = setting((), "names of the file's channels, in order; empty: as the file says")
+    size: int = setting(32, "side of the images in pixels after cropping to a square and shrinking", low=8, high=1024)
+    window: tuple[float, ...] = setting(
+        (), "intensities mapped to -1 and 1; empty: 0..255 for 8 bit, else the 0.1 and 99.9 % quantiles per channel"
+    )
+    split_by: tuple[str, ...] = setting(
+        ("auto",), "metadata columns whose groups stay in one part; auto: plate and well, donor, ...; empty: by image"
+    )
+    valid_fraction: float = setting(0.15, "share of the groups kept for validation", low=0.01, high=0.5)
+    test_fraction: float = setting(0.20, "share of the groups kept for testing and explaining", low=0.01, high=0.5)
+    max_per_class: int | None = setting(None, "at most so many images of each class, drawn at random", low=10)
+    seed: int = setting(0, "seed of the split and of the drawing of images", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assay:
+    """The simulated assay, used where ``data.path`` is null."""
+
+    design: str = setting("binary", "named set of treatments", choices=("binary", "multiclass", "golgi", "null"))
+    treatments: dict[str, dict[str, float]] = setting(
+        {}, "class -> factor -> shift in standard deviations at dose 1; replaces the design where given"
+    )
+    doses: tuple[float, ...] = setting((1.0,), "doses given in turn to a treatment's wells", low=0.0)
+    num_images: int = setting(12288, "cells in the screen", low=64)
+    num_plates: int = setting(4, "plates", low=1)
+    wells_per_class: int = setting(6, "wells of each class on each plate", low=1)
+    well_sd: float = setting(0.15, "random effect of a well on every factor, in standard deviations", low=0.0)
+    plate_sd: float = setting(0.10, "random effect of a plate on factors and gain", low=0.0)
+    seed: int = setting(0, "seed of the screen", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """The classifier to explain: a file of the user's, or a small residual network trained here."""
+
+    path: str | None = setting(None, "TorchScript (.pt, .ts) or torch.export (.pt2) file; null: train one, or factory")
+    factory: str | None = setting(None, "package.module:callable that builds the network; with classifier.weights")
+    weights: str | None = setting(None, "safetensors file with the weights of the factory's network")
+    class_names: tuple[str, ...] = setting((), "classes in the order of its outputs; empty: the data's, sorted")
+    input_low: float = setting(-1.0, "what the network expects for the darkest value")
+    input_high: float = setting(1.0, "what the network expects for the brightest value")
+    input_size: int | None = setting(
+        None, "side in pixels that it expects; null: the size of the data", low=8, high=2048
+    )
+    output: str = setting("logits", "what it returns", choices=("logits", "probabilities"))
+    width: int = setting(24, "channels of the first level of the network trained here", low=4, high=512)
+    images: int = setting(20_000, "images seen in training", low=64)
+    batch_size: int = setting(64, "images a step", low=2)
+    learning_rate: float = setting(2e-3, "peak learning rate of AdamW, one cycle", low=0.0)
+    weight_decay: float = setting(1e-2, "weight decay of AdamW", low=0.0)
+    noise: float = setting(0.03, "standard deviation of pixel noise added in training (images are in [-1, 1])", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """Stage 1: the diffusion autoencoder, with its code conditioned on the classifier."""
+
+    code_dim: int = setting(64, "d, width of the semantic code z", low=2, high=4096)
+    patch: int = setting(2, "pixels folded into channels before the network (1: the published one)", low=1, high=8)
+    coordinates: bool = setting(True, "tell the networks where each pixel lies (published: false)")
+    standardise: bool = setting(True, "batch-normalise the encoder's output w (published: false)")
+    widths: tuple[int, ...] = setting((32, 64, 128), "channels of the U-Net's levels, finest first", low=4, high=2048)
+    blocks: int = setting(1, "residual blocks a level", low=1, high=8)
+    attention: tuple[int, ...] = setting((), "sides of the feature maps that get self-attention", low=1)
+    encoder_widths: tuple[int, ...] = setting((32, 64, 128), "channels of the encoder's levels", low=4, high=2048)
+    encoder_blocks: int = setting(1, "residual blocks a level of the encoder", low=1, high=8)
+    dropout: float = setting(0.0, "dropout in the U-Net", low=0.0, high=0.9)
+    prediction: str = setting("v", "what the U-Net's output stands for (eps: published)", choices=("v", "eps"))
+    weighting: str = setting("v", "loss weight over time: simple is eps error (published)", choices=("v", "simple"))
+    images: int = setting(34_000, "images seen in training, warm-up included", low=32)
+    warmup_fraction: float = setting(
+        0.8, "share of the training before the classifier term starts; trials share it", low=0.0, high=1.0
+    )
+    batch_size: int = setting(32, "images a step", low=2)
+    learning_rate: float = setting(2e-3, "peak learning rate of Adam; linear rise, cosine fall", low=0.0)
+    beta2: float = setting(0.99, "second-moment decay of Adam", low=0.5, high=0.9999)
+    clip: float = setting(1.0, "largest norm of the gradient", low=0.0)
+    ema: float = setting(0.9995, "decay of the averaged weights a step (shorter at the start)", low=0.0, high=0.99999)
+    flips: bool = setting(False, "mirror images at random")
+    lambda1: float = setting(1.0, "weight of the classifier term KL(p(x) || p(x_hat))", low=0.0)
+    classifier_term: str = setting(
+        "one_step",
+        "x_hat is the one-step estimate, or comes from the last DDIM steps",
+        choices=("one_step", "truncated"),
+    )
+    truncated_steps: int = setting(2, "DDIM steps that the truncated term differentiates through", low=1, high=20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """How a trained autoencoder turns images into x_T and back; changing this trains nothing anew."""
+
+    inversion: str = setting(
+        "fixed_point",
+        "fixed_point solves each rendering step; ddim is the published one",
+        choices=("fixed_point", "ddim"),
+    )
+    iterations: int = setting(6, "fixed-point iterations a step", low=1, high=50)
+    encode_steps: int = setting(50, "T_encode of the published inversion", low=1, high=1000)
+    steps: int = setting(10, "T_render, DDIM steps of rendering (and of fixed-point inversion)", low=2, high=1000)
+    spacing: str = setting("quadratic", "times of those steps (uniform: published)", choices=("uniform", "quadratic"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions:
+    """Stage 2: K directions in the code."""
+
+    num_directions: int = setting(8, "K", low=1, high=1000)
+    kind: str = setting("mlp", "direction model D_k(z)", choices=("mlp", "linear", "fixed"))
+    depth: int = setting(3, "layers of the mlp", low=1, high=8)
+    space: str = setting(
+        "whitened", "where directions live; raw is published", choices=("whitened", "standardised", "raw")
+    )
+    explained_variance: float = setting(0.99, "variance of z that the whitened subspace holds", low=0.1, high=1.0)
+    features: str = setting(
+        "image",
+        "what the projector sees of a shift: the code (published) or the image it makes",
+        choices=("code", "image"),
+    )
+    alpha: float = setting(2.0, "length of a shift in training, in standard deviations (raw: units of z)", low=1e-6)
+    tau: float = setting(0.5, "factor of the similarity in the contrastive loss", low=1e-6)
+    lambda2: float = setting(1.0, "weight of the covariance regularisation", low=0.0)
+    covariance: str = setting(
+        "image",
+        "what is decorrelated: change maps, unit shifts, projected features, or as in the reference code",
+        choices=("image", "shifts", "features", "published"),
+    )
+    lambda3: float = setting(0.3, "weight of the largest share of the classifier's change (published: 0)", low=0.0)
+    response_images: int = setting(192, "images around which the image's response is measured", low=8)
+    images: int = setting(16_000, "codes seen in training", low=16)
+    batch_size: int = setting(32, "codes a step", low=4)
+    learning_rate: float = setting(3e-3, "learning rate of Adam", low=0.0)
+    weight_decay: float = setting(1e-3, "weight decay of Adam", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Stage 3: the effects table and the ranking made from it."""
+
+    source: str | None = setting(None, "class whose images are edited; null: the control (two classes) or every class")
+    target: str | None = setting(None, "class to be reached; null: the other one, or every other one in turn")
+    num_images: int = setting(48, "images edited of each source class", low=2)
+    alphas: tuple[float, ...] = setting((3.0,), "further shift lengths in standard deviations, both signs", low=1e-6)
+    top: int = setting(5, "directions to report, M", low=1)
+    explained_at: float | None = setting(
+        None, "effect at which a direction explains an image, which later ones need not; null: its mean effect", low=0.0
+    )
+    confidence: float = setting(0.95, "level of the intervals", low=0.5, high=0.999)
+    bootstrap: int = setting(1000, "bootstrap draws (of wells where there are wells)", low=50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the scoreboard measures, and on how many images."""
+
+    num_images: int = setting(64, "test images for reconstruction and for the conditioning gate", low=4)
+    random_directions: int = setting(12, "random directions of the null", low=1)
+    baselines: tuple[str, ...] = setting(
+        ("class_mean",), "directions to set beside the learned ones", choices=("class_mean", "linear", "principal")
+    )
+    ruler_images: int = setting(32_000, "images the factor regressor is trained on (assay only)", low=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where and how things run; nothing here changes a result's digest except the seed."""
+
+    seed: int = setting(0, "seed of every training", low=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = setting("auto", "auto: bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All settings of one experiment.  Build it with ``load``; derive others with ``with_settings``."""
+
+    data: Data = Data()
+    assay: Assay = Assay()
+    classifier: Classifier = Classifier()
+    autoencoder: Autoencoder = Autoencoder()
+    rendering: Rendering = Rendering()
+    directions: Directions = Directions()
+    ranking: Ranking = Ranking()
+    evaluation: Evaluation = Evaluation()
+    run: Run = Run()
+
+    def __post_init__(self) -> None:
+        _cross_check(self)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Experiment:
+        """A copy with dotted settings replaced, e.g. ``{"autoencoder.lambda1": 0.1}``.
+
+        Raises:
+            UserError: an unknown name (the message names the nearest valid one) or a value out of range.
+        """
+        tree = to_dict(self)
+        for name, value in settings.items():
+            section, _, key = name.partition(".")
+            if section not in tree:
+                raise UserError(f"unknown setting {name!r}: {did_you_mean(section, tree)}")
+            if not key:
+                raise UserError(
+                    f"{name!r} is a section; name one of its settings, e.g. {name}.{next(iter(tree[name]))}"
+                )
+            if key not in tree[section]:
+                raise UserError(f"unknown setting {name!r}: {_nearest(name)}")
+            tree[section][key] = value
+        return from_dict(tree)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks that need more than one setting
+
+
+def _cross_check(e: Experiment) -> None:
+    a, c, d = e.autoencoder, e.classifier, e.directions
+    for name, widths in (("widths", a.widths), ("encoder_widths", a.encoder_widths)):
+        multiple = a.patch * 2 ** (len(widths) - 1)
+        if not widths:
+            raise UserError(f"autoencoder.{name} is empty: give the channels of at least one level")
+        if e.data.size % multiple:
+            raise UserError(
+                f"data.size = {e.data.size} can't be halved for every level: with autoencoder.patch = {a.patch} and "
+                f"{len(widths)} autoencoder.{name} it must be a multiple of {multiple}"
+            )
+    if len([x for x in (c.path, c.factory) if x]) == 2:
+        raise UserError("give classifier.path or classifier.factory, not both")
+    if bool(c.factory) != bool(c.weights):
+        raise UserError("classifier.factory and classifier.weights go together: a callable and a safetensors file")
+    if c.input_low >= c.input_high:
+        raise UserError(f"classifier.input_low = {c.input_low} must lie below classifier.input_high = {c.input_high}")
+    if e.data.window and (len(e.data.window) != 2 or e.data.window[0] >= e.data.window[1]):
+        raise UserError(f"data.window = {list(e.data.window)} must be two numbers, the lower first, or empty")
+    if e.data.valid_fraction + e.data.test_fraction > 0.8:
+        raise UserError("data.valid_fraction + data.test_fraction leave less than a fifth of the groups for training")
+    if d.space == "raw" and (d.features == "image" or d.covariance == "image" or d.lambda3 > 0):
+        raise UserError(
+            "directions.space = raw is the published form and goes with directions.features = code, "
+            "directions.covariance = shifts, features or published, and directions.lambda3 = 0"
+        )
+    if d.num_directions < 2 and d.lambda2 > 0:
+        raise UserError("directions.num_directions = 1 has nothing to decorrelate: set directions.lambda2=0")
+    if len(set(e.data.classes)) != len(e.data.classes) or len(e.data.classes) == 1:
+        raise UserError(f"data.classes = {list(e.data.classes)}: name two or more different classes, or none for all")
+    if len(set(e.data.channels)) != len(e.data.channels):
+        raise UserError(f"data.channels = {list(e.data.channels)} names a channel twice")
+    if not e.ranking.alphas:
+        raise UserError("ranking.alphas is empty: give at least one shift length, e.g. ranking.alphas='[1, 3]'")
+    if e.ranking.source is not None and e.ranking.source == e.ranking.target:
+        raise UserError(f"ranking.source and ranking.target are both {e.ranking.source!r}")
+
+
+def idle_settings(e: Experiment) -> list[str]:
+    """Warnings, one line each, for settings that differ from their default but have no effect in this experiment."""
+    default, warnings = flat(Experiment()), []
+    mine = flat(e)
+
+    def idle(names: Iterator[str] | list[str], why: str) -> None:
+        warnings.extend(f"{n} = {mine[n]!r} has no effect: {why}" for n in names if mine[n] != default[n])
+
+    if e.data.path is not None:
+        idle([n for n in mine if n.startswith("assay.")], "data.path is set, the assay is not used")
+    else:
+        idle(["data.window", "data.channel_names"], "the simulated assay needs none")
+    if e.assay.treatments:
+        idle(["assay.design"], "assay.treatments replaces it")
+    if e.classifier.path or e.classifier.factory:
+        trained = ("width", "images", "batch_size", "learning_rate", "weight_decay", "noise")
+        idle([f"classifier.{n}" for n in trained], "the classifier is given, not trained")
+    else:
+        given = ("class_names", "input_low", "input_high", "input_size", "output")
+        idle([f"classifier.{n}" for n in given], "the classifier is trained here")
+    if e.rendering.inversion == "fixed_point":
+        idle(["rendering.encode_steps"], "fixed-point inversion runs on the rendering's own steps")
+    else:
+        idle(["rendering.iterations"], "rendering.inversion = ddim does not iterate")
+    if e.autoencoder.classifier_term == "one_step" or e.autoencoder.lambda1 == 0:
+        idle(["autoencoder.truncated_steps"], "the classifier term is not the truncated one")
+    if e.directions.space != "whitened":
+        idle(["directions.explained_variance"], f"directions.space = {e.directions.space} keeps every dimension")
+    if e.directions.kind != "mlp":
+        idle(["directions.depth"], f"directions.kind = {e.directions.kind} has one layer")
+    return warnings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dictionaries, files, digests
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Plain nested dictionaries of any settings object: tuples become lists."""
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(settings))))
+
+
+def flat(e: Experiment) -> dict[str, Any]:
+    """Dotted name -> value of every setting."""
+    return {f"{s}.{k}": v for s, section in to_dict(e).items() for k, v in section.items()}
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = to_dict(value)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def from_dict(tree: Mapping[str, Any]) -> Experiment:
+    """Build an experiment from nested dictionaries; missing settings keep their defaults.
+
+    Raises:
+        UserError: an unknown key (with the nearest valid one), a wrong type, a value out of range.
+    """
+    sections: dict[str, Any] = {}
+    hints = typing.get_type_hints(Experiment)
+    for section, values in tree.items():
+        if section not in hints:
+            raise UserError(f"unknown section {section!r}: {did_you_mean(str(section), hints)}")
+        if not isinstance(values, Mapping):
+            raise UserError(f"section {section!r} must hold settings (key: value), got {values!r}")
+        kind = hints[section]
+        types_ = typing.get_type_hints(kind)
+        for key in values:
+            if key not in types_:
+                raise UserError(f"unknown setting '{section}.{key}': {_nearest(f'{section}.{key}')}")
+        checked = {
+            f.name: _check(types_[f.name], values[f.name], f"{section}.{f.name}", f.metadata)
+            for f in fields(kind)
+            if f.name in values
+        }
+        sections[section] = kind(**checked)
+    return Experiment(**sections)
+
+
+def load(recipe: str | Path = "assay", settings: Mapping[str, Any] | None = None) -> Experiment:
+    """Load a recipe by name or file, then replace settings.
+
+    Args:
+        recipe: name of a recipe that comes with diffex (see ``recipes()``), or path of a YAML file.
+        settings: dotted settings that win over the recipe.
+
+    Raises:
+        UserError: no such recipe, not YAML, unknown or impossible settings.
+    """
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"there is no recipe file {str(path)!r}")
+        text = path.read_text(encoding="utf-8")
+    elif str(recipe) in recipes():
+        text = (resources.files("diffex") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    else:
+        raise UserError(f"unknown recipe {str(recipe)!r}: {did_you_mean(str(recipe), recipes())} or give a .yaml file")
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {str(recipe)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, Mapping):
+        raise UserError(f"recipe {str(recipe)!r} must hold sections such as 'autoencoder:', got {type(tree).__name__}")
+    experiment = from_dict(tree)
+    return experiment.with_settings(settings) if settings else experiment
+
+
+def recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with diffex."""
+    folder = resources.files("diffex") / "recipes"
+    return tuple(sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")))
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """Turn ``["a.b=v", ...]`` into dotted settings; v is read as YAML, so ``[1, 2]``, ``null`` and ``true`` work."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise UserError(f"--set takes a.b=v, got {pair!r}")
+        try:
+            settings[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {name.strip()}: {value!r} is not a YAML value; quote it") from None
+    return settings
+
+
+def describe(e: Experiment) -> str:
+    """The experiment as YAML, each setting with its documentation as a comment."""
+    lines = []
+    for section in fields(e):
+        part = getattr(e, section.name)
+        lines.append(f"{section.name}:  # {(type(part).__doc__ or '').strip()}")
+        for f in fields(part):
+            value = yaml.safe_dump(to_dict(part)[f.name], default_flow_style=True, allow_unicode=True, width=10_000)
+            text = f"  {f.name}: {value.strip().removesuffix('...').strip()}"
+            choices = f.metadata.get("choices")
+            doc = f.metadata["doc"] + (f" ({' | '.join(choices)})" if choices else "")
+            lines.append(f"{text:<44}# {doc}")
+    return "\n".join(lines) + "\n"
+
+
+def _nearest(name: str) -> str:
+    """The nearest full dotted name: first within the section, then anywhere."""
+    section, _, key = name.partition(".")
+    every = [n for n in flat(Experiment()) if "." in n]
+    here = [n.split(".", 1)[1] for n in every if n.startswith(section + ".")]
+    hint = did_you_mean(key, here)
+    if hint.startswith("did"):
+        return f"did you mean '{section}.{hint.split(chr(39))[1]}'?"
+    elsewhere = [n for n in every if n.endswith("." + key)]
+    return f"did you mean {elsewhere[0]!r}?" if elsewhere else hint
+
+
+def _check(kind: Any, value: Any, name: str, rules: Mapping[str, Any]) -> Any:
+    """Turn a YAML value into the type of the setting, within its bounds."""
+
+    def wrong(expected: str) -> UserError:
+        return UserError(f"{name} must be {expected}, got {value!r}")
+
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _check(next(a for a in args if a is not types.NoneType), value, name, rules)
+    if origin is tuple:
+        if args[0] is str and isinstance(value, str):  # 'DNA,actin' for ["DNA", "actin"]
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, list | tuple):
+            raise wrong(f"a list, e.g. --set {name}='[{'a, b' if args[0] is str else '1, 2'}]'")
+        if args[0] is str:
+            value = [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in value]
+        return tuple(_check(args[0], v, name, rules) for v in value)  # bounds and words hold for every element
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong("a mapping")
+        return {str(k): _check(args[1], v, f"{name}.{k}", {}) for k, v in value.items()}
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise wrong("a word")
+        if rules.get("choices") and value not in rules["choices"]:
+            raise UserError(f"{name} = {value!r}: {did_you_mean(value, rules['choices'])}")
+        return value
+    if isinstance(value, str):  # YAML reads 1e-4 as a word
+        try:
+            value = float(value)
+        except ValueError:
+            raise wrong("a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise wrong("a number")
+    if kind is int:
+        if float(value) != int(value):
+            raise wrong("a whole number")
+        value = int(value)
+    else:
+        value = float(value)
+    low, high = rules.get("low"), rules.get("high")
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        raise wrong(bounds)
+    return value

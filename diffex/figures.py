@@ -1,0 +1,259 @@
+"""Pictures: every function takes arrays and returns a matplotlib figure.  The only file that imports matplotlib.
+
+Images are uint8 (C, H, W); channels are shown in colours that their names suggest, with a legend, and every tile is
+large enough to see a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "dna": (0.25, 0.45, 1.0), "tubulin": (0.1, 0.9, 0.2), "actin": (1.0, 0.25, 0.1), "golgi": (1.0, 0.85, 0.1),
+    "mitochondria": (0.95, 0.2, 0.85), "er": (0.1, 0.85, 0.85), "rna": (1.0, 0.6, 0.2), "red": (1.0, 0.0, 0.0),
+    "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "grey": (1.0, 1.0, 1.0),
+}  # fmt: skip
+SPARE = ((0.25, 0.45, 1.0), (0.1, 0.9, 0.2), (1.0, 0.25, 0.1), (1.0, 0.85, 0.1), (0.95, 0.2, 0.85))
+TILE = 0.95  # inches a tile: 95 pixels at 100 dots per inch
+INK, SOFT, MARK, GOOD = "#1d2733", "#8795a5", "#c0392b", "#1f77b4"
+
+
+def channel_colours(channels: Sequence[str]) -> list[tuple[float, float, float]]:
+    """A colour (red, green, blue in 0..1) for each channel: by name where it is known, else in turn."""
+    if len(channels) == 1:
+        return [(1.0, 1.0, 1.0)]
+    return [COLOURS.get(name.lower(), SPARE[i % len(SPARE)]) for i, name in enumerate(channels)]
+
+
+def compose(image: Image, channels: Sequence[str], gain: float = 1.0) -> NDArray[np.float64]:
+    """One colour picture (H, W, 3) in 0..1 from channels (C, H, W): each in its colour, added up."""
+    colours = np.array(channel_colours(channels))
+    return np.clip(np.einsum("chw,ck->hwk", image / 255.0, colours) * gain, 0, 1)
+
+
+def _gain(images: NDArray[np.uint8], channels: Sequence[str]) -> float:
+    """One brightness for a whole figure, so that its tiles stay comparable: the 99.7th percentile becomes white."""
+    if {c.lower() for c in channels} <= {"red", "green", "blue"}:
+        return 1.0
+    flat = images.reshape(-1, *images.shape[-3:])
+    top = float(np.percentile(flat.max(axis=1), 99.7)) / 255.0
+    return 1.0 / max(top, 0.2)
+
+
+def _tiles(figure: Figure, rows: int, columns: int, left: float, top: float, gap: float = 0.0) -> list[list[Axes]]:
+    width, height = figure.get_size_inches()
+    wide, high = 0.96 * TILE / width, 0.96 * TILE / height
+    across = [(left + c * TILE) / width for c in range(columns)]
+    down = [1 - (top + (r + 1) * (TILE + gap) - gap) / height for r in range(rows)]
+    return [[figure.add_axes((x, y, wide, high)) for x in across] for y in down]
+
+
+def _show(axes: Axes, picture: NDArray[np.floating]) -> None:
+    axes.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _legend(figure: Figure, channels: Sequence[str], x: float, y: float) -> None:
+    """Channel names in their colours, on a dark strip."""
+    width, height = figure.get_size_inches()
+    for i, (name, colour) in enumerate(zip(channels, channel_colours(channels), strict=True)):
+        figure.text(
+            (x + 1.15 * i) / width, 1 - y / height, f" {name} ", color=colour, fontsize=9, va="center",
+            bbox={"facecolor": "#101418", "edgecolor": "none", "pad": 2},
+        )  # fmt: skip
+
+
+def image_grid(rows: Mapping[str, Sequence[Image] | Image], channels: Sequence[str], title: str = "") -> Figure:
+    """Rows of images with a label each: reconstruction grids and contact sheets.
+
+    Args:
+        rows: label -> images (n, C, H, W).
+        channels: names of the C channels.
+    """
+    columns = max(len(images) for images in rows.values())
+    left, top = 1.9, 0.75
+    figure = Figure(figsize=(left + columns * TILE + 0.1, top + len(rows) * TILE + 0.1))
+    gain = _gain(np.concatenate([np.asarray(v) for v in rows.values()]), channels)
+    grid = _tiles(figure, len(rows), columns, left, top)
+    width, height = figure.get_size_inches()
+    for r, (label, images) in enumerate(rows.items()):
+        figure.text(
+            (left - 0.1) / width,
+            1 - (top + (r + 0.5) * TILE) / height,
+            label,
+            ha="right",
+            va="center",
+            fontsize=9,
+            color=INK,
+        )
+        for c, axes in enumerate(grid[r]):
+            if c < len(images):
+                _show(axes, compose(images[c], channels, gain))
+            else:
+                axes.set_visible(False)
+    figure.text(0.1 / width, 1 - 0.22 / height, title, fontsize=11, color=INK, va="center", weight="bold")
+    _legend(figure, channels, left, 0.55)
+    return figure
+
+
+def traversal(
+    images: NDArray[np.uint8], probs: NDArray[np.floating], alphas: Sequence[float], channels: Sequence[str], *,
+    source: str, target: str, target_index: int, title: str,
+) -> Figure:  # fmt: skip
+    """Cells along a direction, the classifier's probability of the target under each image.
+
+    Args:
+        images: (n, A, C, H, W).
+        probs: (n, A, n_classes).
+        alphas: (A,) shift in standard deviations.
+        target_index: column of the target in ``probs``.
+    """
+    n, steps = images.shape[:2]
+    left, top, gap = 0.35, 1.05, 0.22
+    figure = Figure(figsize=(left + steps * TILE + 0.1, top + n * (TILE + gap) + 0.05))
+    gain = _gain(images, channels)
+    grid = _tiles(figure, n, steps, left, top, gap)
+    width, height = figure.get_size_inches()
+    said = probs.argmax(axis=-1) == target_index
+    for r in range(n):
+        for c, axes in enumerate(grid[r]):
+            _show(axes, compose(images[r, c], channels, gain))
+            axes.set_xlabel(
+                f"{100 * probs[r, c, target_index]:.0f} %", fontsize=8, labelpad=1.5, color=MARK if said[r, c] else INK,
+                weight="bold" if said[r, c] else "normal",
+            )  # fmt: skip
+            if said[r, c]:
+                for spine in axes.spines.values():
+                    spine.set(visible=True, color=MARK, linewidth=2)
+            if r == 0:
+                axes.set_title(
+                    "reconstruction" if alphas[c] == 0 else f"{alphas[c]:+.0f} sd", fontsize=8, color=INK, pad=3
+                )
+    figure.text(0.1 / width, 1 - 0.2 / height, title, fontsize=10.5, color=INK, va="center", weight="bold")
+    note = f"cells of {source}; under each the classifier's p({target}); red frame: classified as {target}"
+    figure.text(0.1 / width, 1 - 0.72 / height, note, fontsize=8, color=SOFT, va="center")
+    _legend(figure, channels, 0.1, 0.47)
+    return figure
+
+
+def ranking(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float] | None = None) -> Figure:
+    """Flip rate and effect of each ranked direction with intervals, the null beside them.
+
+    Args:
+        rows: rows of the ranking table of one pair of classes, best first.
+        baseline: ``flip_rate`` and ``effect`` of the class-mean difference.
+    """
+    figure = Figure(figsize=(8.6, 1.4 + 0.33 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    y = np.arange(len(rows))
+    labels = [f"{r['rank']}. direction {r['direction']}{'+' if r['sign'] > 0 else '−'}" for r in rows]
+    for axes, value, low, high, null, name in (
+        (left, "flip_rate", "flip_low", "flip_high", "null_flip_rate", "flip rate"),
+        (right, "effect", "effect_low", "effect_high", "null_effect", f"change of p({rows[0]['target']})"),
+    ):
+        v, a, b = (np.array([r[k] for r in rows], float) for k in (value, low, high))
+        axes.errorbar(v, y, xerr=np.abs([v - a, b - v]), fmt="o", color=GOOD, ecolor=SOFT, capsize=3, ms=6)
+        axes.axvline(rows[0][null], color=SOFT, ls=":", label="random directions (mean)")
+        if null == "null_flip_rate":
+            axes.axvspan(rows[0][null], rows[0]["null_flip_max"], color=SOFT, alpha=0.15, label="to the best of them")
+        if baseline:
+            axes.axvline(baseline[value], color=MARK, ls="--", lw=1.2, label="class-mean difference")
+        axes.set_xlabel(name)
+        axes.grid(axis="x", alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    left.set_yticks(y, labels, fontsize=9)
+    left.set_xlim(-0.03, 1.03)
+    left.invert_yaxis()
+    left.legend(fontsize=7.5, frameon=False, loc="best")
+    return figure
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], front: Sequence[bool]) -> Figure:
+    """Trials by flip rate and disentanglement, SSIM as colour, the Pareto front ringed."""
+    figure = Figure(figsize=(6.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    x, y, colour = (np.array([float(r[k]) for r in rows]) for k in ("flip_rate", "disentanglement", "ssim"))
+    low = np.maximum(x - np.array([r.get("flip_rate_low", v) for r, v in zip(rows, x, strict=True)]), 0)
+    high = np.maximum(np.array([r.get("flip_rate_high", v) for r, v in zip(rows, x, strict=True)]) - x, 0)
+    axes.errorbar(x, y, xerr=[low, high], fmt="none", ecolor=SOFT, alpha=0.5, capsize=2, zorder=1)
+    points = axes.scatter(x, y, c=colour, cmap="viridis", s=70, zorder=2)
+    chosen = np.array(front, bool)
+    axes.scatter(x[chosen], y[chosen], s=190, facecolors="none", edgecolors=MARK, linewidths=1.6, zorder=3)
+    for r, a, b in zip(rows, x, y, strict=True):
+        axes.annotate(str(r["trial"])[:4], (a, b), xytext=(7, 5), textcoords="offset points", fontsize=7.5, color=INK)
+    axes.set(
+        xlabel="flip rate of the first direction (95 % interval)", ylabel="disentanglement (1 − overlap of change maps)"
+    )
+    ring = Line2D([], [], marker="o", ls="", mfc="none", mec=MARK, ms=11)
+    axes.legend([ring], ["Pareto front of flip rate, disentanglement, SSIM"], fontsize=8, frameon=False)
+    axes.grid(alpha=0.25)
+    figure.colorbar(points, label="SSIM of reconstructions")
+    return figure
+
+
+def curves(histories: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> Figure:
+    """Training curves: stage -> trial -> history; one panel a loss."""
+    panels = [
+        (stage, loss)
+        for stage, trials in histories.items()
+        for loss in sorted({k for h in trials.values() for point in h for k in point if k != "images"})
+    ]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axes, (stage, loss) in zip(grid, panels, strict=False):
+        for name, history in histories[stage].items():
+            points = [(p["images"], p[loss]) for p in history if loss in p]
+            if points:
+                axes.plot(*zip(*points, strict=True), lw=1.1, label=name)
+        axes.set_title(f"{stage}: {loss}", fontsize=9)
+        axes.set_xlabel("images", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        if loss in ("simple", "loss", "classifier"):
+            axes.set_yscale("log")
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    if len(histories) and max(len(t) for t in histories.values()) <= 8:
+        grid[0].legend(fontsize=6.5, frameon=False)
+    return figure
+
+
+def settings_effect(rows: Sequence[Mapping[str, Any]], settings: Sequence[str], measures: Sequence[str]) -> Figure:
+    """Each objective against each setting that the sweep varied."""
+    figure = Figure(figsize=(2.7 * len(settings), 2.1 * len(measures)), layout="constrained")
+    grid = np.asarray(figure.subplots(len(measures), len(settings), squeeze=False, sharey="row"))
+    for j, setting in enumerate(settings):
+        values = [r.get(setting) for r in rows]
+        numeric = all(isinstance(v, int | float) for v in values)
+        names = sorted({str(v) for v in values})
+        x = np.array([float(v) if numeric else names.index(str(v)) for v in values])  # type: ignore[arg-type]
+        for i, measure in enumerate(measures):
+            axes = grid[i, j]
+            axes.scatter(x, [float(r[measure]) for r in rows], s=26, color=GOOD, alpha=0.8)
+            axes.grid(alpha=0.25)
+            axes.tick_params(labelsize=7)
+            if numeric and x.min() > 0 and x.max() / x.min() > 20:
+                axes.set_xscale("log")
+            if not numeric:
+                axes.set_xticks(range(len(names)), [n.replace(",", "\n") for n in names], fontsize=6.5)
+                axes.set_xlim(-0.5, len(names) - 0.5)
+            if i == len(measures) - 1:
+                axes.set_xlabel(setting, fontsize=8)
+            if j == 0:
+                axes.set_ylabel(measure, fontsize=8)
+    return figure

@@ -1,0 +1,314 @@
+"""The stage graph, and the one way to compute anything: ``ensure(store, experiment, stage)``.
+
+    data -> classifier -> warmup -> autoencoder -> latents -> responses -> directions -> effects -> scoreboard
+         -> ruler (assay)                       -> reconstruction                                -> pictures
+
+A stage's digest is made of its own settings, the digests of the stages it needs, and the code that it runs; so two
+trials that agree on a prefix share it.  lambda_1 enters only after the warm-up; lambda_2, lambda_3, K and tau only need
+the latents; ranking settings only the table.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from diffex import stages
+from diffex.classifier import is_given
+from diffex.compute import Compute
+from diffex.config import Experiment, digest, from_dict, to_dict
+from diffex.data import Progress
+from diffex.directions import DirectionSet, needs_responses
+from diffex.errors import UserError, did_you_mean
+from diffex.explain import Explainer
+from diffex.store import Entry, Store
+from diffex.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A node of the graph.
+
+    Attributes:
+        run: computes the stage, writes its files, returns facts (JSON) for the record and for the scoreboard.
+        needs: names of the stages it reads, where the experiment has them (see ``absent``).
+        uses: the part of the settings that decides its output.
+        code: modules whose code decides its output.
+    """
+
+    run: Callable[[stages.Work], dict[str, Any]]
+    needs: tuple[str, ...] = ()
+    uses: Callable[[Experiment], Any]
+    code: tuple[str, ...]
+
+
+def absent(e: Experiment) -> set[str]:
+    """Stages that an experiment has no use for: the ruler of real images, responses that no loss looks at."""
+    wanted = {"ruler": e.data.path is None, "responses": needs_responses(e.directions)}
+    return {name for name, there in wanted.items() if not there}
+
+
+def _pick(section: Any, *names: str) -> dict[str, Any]:
+    values = to_dict(section)
+    return {name: values[name] for name in names}
+
+
+def _leave(section: Any, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in to_dict(section).items() if name not in names}
+
+
+def _seeded(e: Experiment, *settings: Any) -> dict[str, Any]:
+    return {"settings": settings, "seed": e.run.seed, "precision": e.run.precision}
+
+
+def _uses_data(e: Experiment) -> Any:
+    if e.data.path is None:
+        return [to_dict(e.data), to_dict(e.assay)]
+    return [_leave(e.data, "path"), fingerprint(Path(e.data.path))]
+
+
+def _uses_classifier(e: Experiment) -> Any:
+    if is_given(e.classifier):
+        return [to_dict(e.classifier), [fingerprint(Path(p)) for p in (e.classifier.path, e.classifier.weights) if p]]
+    return _seeded(e, to_dict(e.classifier))
+
+
+def _uses_ruler(e: Experiment) -> Any:
+    training = _pick(e.classifier, "batch_size", "learning_rate", "weight_decay", "noise")
+    return _seeded(e, e.evaluation.ruler_images, training)
+
+
+def _uses_warmup(e: Experiment) -> Any:
+    """Everything but what enters after it: this is why trials of different lambda1 share one warm-up."""
+    return _seeded(e, _leave(e.autoencoder, "lambda1", "classifier_term", "truncated_steps"))
+
+
+def _uses_autoencoder(e: Experiment) -> Any:
+    renders = e.autoencoder.classifier_term == "truncated" and e.autoencoder.lambda1 > 0
+    return _seeded(e, to_dict(e.autoencoder), to_dict(e.rendering) if renders else None)
+
+
+def _uses_effects(e: Experiment) -> Any:
+    asked = _pick(e.ranking, "source", "target", "num_images", "alphas")
+    return _seeded(e, asked, _pick(e.evaluation, "random_directions", "baselines"), to_dict(e.rendering))
+
+
+def _uses_scoreboard(e: Experiment) -> Any:
+    return _seeded(e, to_dict(e.ranking), to_dict(e.assay), e.evaluation.baselines)
+
+
+_NETWORK = ("networks", "diffusion", "model")
+
+GRAPH: dict[str, Stage] = {
+    "data": Stage(run=stages.run_data, code=("assay", "readers", "data"), uses=_uses_data),
+    "classifier": Stage(
+        run=stages.run_classifier, needs=("data",), code=("networks", "classifier", "train", "metrics"),
+        uses=_uses_classifier,
+    ),
+    "ruler": Stage(run=stages.run_ruler, needs=("data",), code=("assay", "networks", "train"), uses=_uses_ruler),
+    "warmup": Stage(run=stages.run_warmup, needs=("data", "classifier"), code=(*_NETWORK, "train"), uses=_uses_warmup),
+    "autoencoder": Stage(
+        run=stages.run_autoencoder, needs=("data", "classifier", "warmup"), code=(*_NETWORK, "train"),
+        uses=_uses_autoencoder,
+    ),
+    "reconstruction": Stage(
+        run=stages.run_reconstruction, needs=("data", "classifier", "autoencoder"),
+        code=(*_NETWORK, "classifier", "metrics"),
+        uses=lambda e: _seeded(e, e.evaluation.num_images, to_dict(e.rendering)),
+    ),
+    "latents": Stage(
+        run=stages.run_latents, needs=("data", "classifier", "autoencoder"), code=("networks", "model"), uses=_seeded,
+    ),
+    "responses": Stage(
+        run=stages.run_responses, needs=("data", "classifier", "autoencoder", "latents"),
+        code=(*_NETWORK, "directions"),
+        uses=lambda e: _seeded(e, _pick(e.directions, "space", "explained_variance", "alpha", "response_images")),
+    ),
+    "directions": Stage(
+        run=stages.run_directions, needs=("data", "latents", "responses"), code=("directions", "train"),
+        uses=lambda e: _seeded(e, to_dict(e.directions)),
+    ),
+    "effects": Stage(
+        run=stages.run_effects, needs=("data", "classifier", "autoencoder", "latents", "directions", "ruler"),
+        code=(*_NETWORK, "directions", "baselines", "explain", "metrics"), uses=_uses_effects,
+    ),
+    "scoreboard": Stage(
+        run=stages.run_scoreboard, code=("assay", "ranking", "scoreboard", "metrics"), uses=_uses_scoreboard,
+        needs=(
+            "data", "classifier", "ruler", "warmup", "autoencoder", "reconstruction", "latents", "responses",
+            "directions", "effects",
+        ),
+    ),
+    "pictures": Stage(
+        run=stages.run_pictures, needs=("data", "classifier", "autoencoder", "directions", "effects", "scoreboard"),
+        code=(*_NETWORK, "directions", "explain"), uses=lambda e: _seeded(e, e.ranking.top),
+    ),
+}  # fmt: skip
+
+
+@cache
+def code_digest(function: str, modules: tuple[str, ...]) -> str:
+    """Digest of a stage's function, of the helpers beside it and of the modules that it runs.
+
+    Syntax trees without docstrings are compared, so comments and formatting don't count.
+    """
+    folder = Path(__file__).parent
+    beside = ast.parse((folder / "stages.py").read_text(encoding="utf-8"))
+    beside.body = [n for n in beside.body if not _is_stage(n) or getattr(n, "name", None) == function]
+    trees = [beside, *(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8")) for name in modules)]
+    return digest([ast.dump(_without_docstrings(tree)) for tree in trees])
+
+
+def _is_stage(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef) and node.name.startswith("run_")
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return tree
+
+
+def fingerprint(path: Path) -> str:
+    """What a user's file or folder holds, cheaply: a small file's SHA-256, else names, sizes and times."""
+    if not path.exists():
+        raise UserError(f"there is no file or folder {str(path)!r}")
+    if path.is_file() and path.stat().st_size <= 256 * 2**20:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+
+
+def stage_digests(e: Experiment, last: str = "pictures") -> dict[str, str]:
+    """Digest of every stage that ``last`` rests on, itself included, in an order in which they can be computed."""
+    found: dict[str, str] = {}
+    skip = absent(e)
+
+    def visit(name: str) -> str:
+        if name not in found:
+            stage = GRAPH[name]
+            needs = {n: visit(n) for n in stage.needs if n not in skip}
+            code = code_digest(stage.run.__name__, stage.code)
+            found[name] = digest([name, code, __version__, stage.uses(e), needs])
+        return found[name]
+
+    visit(last)
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The entries that a call of ``ensure`` has made sure of, by stage."""
+
+    entries: dict[str, Entry]
+
+    def __getitem__(self, stage: str) -> Entry:
+        return self.entries[stage]
+
+    @property
+    def paid(self) -> list[str]:
+        """Stages computed by this call."""
+        return [name for name, entry in self.entries.items() if entry.computed]
+
+    @property
+    def reused(self) -> list[str]:
+        """Stages that were there."""
+        return [name for name, entry in self.entries.items() if not entry.computed]
+
+    def seconds(self, *, computed: bool | None = None) -> float:
+        """Seconds that all stages took, or only those computed (reused) here."""
+        return sum(e.seconds for e in self.entries.values() if computed is None or e.computed == computed)
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A meter that shows nothing."""
+
+
+def ensure(
+    store: Store, e: Experiment, last: str = "pictures", *, progress: Progress = silent,
+    observe: stages.Observe = lambda stage, value: None,
+) -> Outcome:  # fmt: skip
+    """Compute a stage and all it rests on, reusing what the store holds.
+
+    Args:
+        store: where results lie.
+        e: the experiment.
+        last: name of the stage.
+        progress: told of every stage's progress.
+        observe: told of intermediate results.
+
+    Raises:
+        UserError: whatever the user must mend.  Nothing half-made is left: a later call resumes.
+    """
+    digests = stage_digests(e, last)
+    compute = Compute.resolve(e.run)
+    entries: dict[str, Entry] = {}
+    for name, address in digests.items():
+        needs = tuple(n for n in GRAPH[name].needs if n not in absent(e))
+
+        def run(out: Path, name: str = name, needs: tuple[str, ...] = needs) -> dict[str, Any]:
+            inputs = {n: entries[n].path for n in needs}
+            work = stages.Work(
+                experiment=e, inputs=inputs, out=out, compute=compute, progress=progress, observe=observe
+            )
+            return GRAPH[name].run(work)
+
+        entries[name] = store.compute(
+            name,
+            address,
+            run,
+            about={"needs": {n: digests[n] for n in needs}},
+            waiting=lambda name=name: progress(f"waiting for {name}", 0, 1),  # type: ignore[misc]
+        )
+    return Outcome(entries)
+
+
+def load_explainer(folder: str | Path, *, trial: str | None = None, device: str = "auto") -> Explainer:
+    """Load the explanation that ``diffex run`` or a sweep left in its output folder.
+
+    Args:
+        folder: the output folder.
+        trial: name of the trial (default: the one with the highest score).
+        device: where to put it.
+
+    Raises:
+        UserError: no finished trial there, or its stages are gone from the store.
+    """
+    trials = {
+        file.parent.name: json.loads(file.read_text(encoding="utf-8"))
+        for file in Path(folder).glob("trials/*/row.json")
+    }
+    finished = {name: row for name, row in trials.items() if row["status"] == "finished"}
+    if not finished:
+        raise UserError(f"{str(folder)!r} holds no finished trial")
+    if trial is not None and trial not in finished:
+        raise UserError(f"{str(folder)!r} has no finished trial {trial!r}: {did_you_mean(trial, finished)}")
+    chosen = Path(folder) / "trials" / (trial or max(finished, key=lambda name: float(finished[name]["score"])))
+    e = from_dict(json.loads((chosen / "experiment.json").read_text(encoding="utf-8")))
+    e = e.with_settings({"run.device": device})
+    places = {
+        name: Path(path) for name, path in json.loads((chosen / "stages.json").read_text(encoding="utf-8")).items()
+    }
+    for name in ("data", "classifier", "autoencoder", "directions"):
+        if not places[name].is_dir():
+            raise UserError(
+                f"stage {name} of this explanation is gone from the store ({places[name]}); run the command again"
+            )
+    work = stages.Work(
+        experiment=e,
+        inputs=places,
+        out=chosen,
+        compute=Compute.resolve(e.run),
+        progress=silent,
+        observe=lambda s, v: None,
+    )
+    directions = DirectionSet.load(places["directions"], work.compute.device)
+    return Explainer(work.autoencoder(), directions, work.classifier(work.images()))

@@ -1,0 +1,203 @@
+"""The report: one HTML file with everything in it, for a biologist first and an engineer second."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import pyarrow.parquet as pq
+from safetensors.numpy import load_file
+
+from diffex.config import Experiment, describe
+from diffex.scoreboard import METRICS, pareto_front
+from diffex.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from diffex.pipeline import Outcome
+
+DOTS = 110  # per inch
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DOTS, facecolor="white")
+    return path
+
+
+def write_trial_figures(folder: Path, outcome: Outcome) -> list[Path]:
+    """Pictures of one trial: traversals of its top directions, ranking, reconstructions, training curves."""
+    from diffex import figures
+
+    info = outcome["data"].facts
+    channels, class_names = info["channels"], info["class_names"]
+    written = []
+    index = json.loads((outcome["pictures"].path / "traversals.json").read_text(encoding="utf-8"))
+    pictures = load_file(outcome["pictures"].path / "traversals.safetensors")
+    pairs = outcome["effects"].facts["pairs"]
+    words = {(r["source"], r["target"], r["direction"]): r["words"] for r in outcome["scoreboard"].facts["top"]}
+    for number, r in enumerate(index["rows"]):
+        said = words.get((r["source"], r["target"], r["direction"]), "")
+        figure = figures.traversal(
+            pictures[f"images.{number}"], pictures[f"probs.{number}"], index["alphas"], channels, source=r["source"],
+            target=r["target"], target_index=class_names.index(r["target"]),
+            title=f"{r['rank']}. direction {r['direction']}{_plus(r)}" + (f": {said}" if said else ""),
+        )  # fmt: skip
+        suffix = "" if len(pairs) == 1 else f"-{number}"
+        written.append(save_figure(figure, folder / f"traversal-{r['rank']}{suffix}.png"))
+    row = json.loads((outcome["scoreboard"].path / "row.json").read_text(encoding="utf-8"))
+    ranks = pq.read_table(outcome["scoreboard"].path / "ranking.parquet").to_pylist()
+    first = [r for r in ranks if [r["source"], r["target"]] == pairs[0]]
+    beside = None
+    if "class_mean.flip_rate" in row:
+        beside = {"flip_rate": row["class_mean.flip_rate"], "effect": row["class_mean.mean_shift"]}
+    written.append(save_figure(figures.ranking(first, beside), folder / "ranking.png"))
+    images = load_file(outcome["reconstruction"].path / "images.safetensors")
+    rows = {label: images[name] for name, label in RECONSTRUCTION_ROWS.items()}
+    grid = figures.image_grid(rows, channels, "What the autoencoder makes of test images")
+    return [*written, save_figure(grid, folder / "reconstruction.png")]
+
+
+RECONSTRUCTION_ROWS = {
+    "original": "image",
+    "reconstruction": "reconstruction",
+    "swapped": "z of another class,\nown x_T",
+    "random": "own z,\nrandom x_T",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of 'can it be trusted': what was measured, what would be good, and whether it is."""
+
+    question: str
+    measured: str
+    wanted: str
+    good: bool
+
+
+CHECKS = (
+    ("Does the classifier work on cells it has not seen?", "classifier.accuracy", 0.8),
+    ("Does the classifier judge reconstructions as it judges images?", "agreement", 0.97),
+    ("Does the image follow the code z when x_T comes from another class?", "gate.swapped", 0.9),
+    ("… and when x_T is random?", "gate.random", 0.9),
+    ("Does the first direction flip the classifier?", "flip_rate", 0.9),
+)
+"""Question, key of a share in the row, and the least share that is good."""
+
+
+def checks(row: Mapping[str, Any]) -> list[Check]:
+    """The questions that a careful reader asks, answered by the row."""
+    found = []
+    for question, key, least in CHECKS:
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        measured = f"{100 * row[key]:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        found.append(Check(question, measured, f"≥ {100 * least:.0f} %", row[key] >= least))
+    similar = f"SSIM {row['ssim']:.3f} [{row['ssim_low']:.3f}, {row['ssim_high']:.3f}]"
+    null = f"{100 * row['null.flip_rate']:.0f} % (best of them {100 * row['null.flip_max']:.0f} %)"
+    cosine, overlap = row["directions.consistency_min"], row["directions.overlap"]
+    found += [
+        Check("Are images reconstructed?", similar, "≥ 0.95", row["ssim"] >= 0.95),
+        Check("Do random directions of the same length flip it?", null, "≤ 10 %", row["null.flip_rate"] <= 0.1),
+        Check("Does a direction push all cells the same way?", f"mean cosine ≥ {cosine:.2f}", "≥ 0.7", cosine >= 0.7),
+        Check("Do the top directions change different things?", f"overlap {overlap:.2f}", "≤ 0.6", overlap <= 0.6),
+    ]
+    if row.get("recovery.planted"):
+        wanted = min(3, row["recovery.planted"])
+        measured = (
+            f"{row['recovery.moved']} of {row['recovery.planted']} moved more than any decoy "
+            f"({row['recovery.moved_names'] or 'none'}); {row['recovery.recovered']} by a direction of their own; "
+            f"decoys hit {row['recovery.decoy_hits']}"
+        )
+        question = "Are the planted phenotypes found (simulated assay)?"
+        found.append(Check(question, measured, f"≥ {wanted}", row["recovery.moved"] >= wanted))
+    return found
+
+
+def headline(top: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each top direction."""
+    truth = {
+        "planted": "on the simulated assay this is a planted phenotype",
+        "decoy": "on the simulated assay this is a decoy",
+        "nothing": "no factor of the simulated assay moves by half a standard deviation",
+    }
+    lines = []
+    for r in top:
+        interval = f"[{100 * r['flip_low']:.0f}, {100 * r['flip_high']:.0f}]"
+        text = (
+            f"Direction {r['direction']}{_plus(r)}: {r['words']}; flips {100 * r['flip_rate']:.0f} % {interval} of "
+            f"{r['flip_n']} cells of {r['source']} to {r['target']}, null {100 * r['null_flip_rate']:.0f} %"
+        )
+        lines.append(f"{text}; {truth[r['truth']]}." if r.get("truth") else f"{text}.")
+    return lines
+
+
+def _plus(ranked: Mapping[str, Any]) -> str:
+    return "+" if ranked["sign"] > 0 else "−"
+
+
+COLUMNS = (
+    "flip_rate", "disentanglement", "ssim", "score", "agreement", "gate.swapped", "gate.random", "null.flip_rate",
+    "class_mean.flip_rate", "directions.effective_rank", "recovery.moved", "recovery.recovered", "cost.seconds_paid",
+)  # fmt: skip
+
+
+def write_report(
+    path: Path, *, title: str, experiment: Experiment, rows: Sequence[Mapping[str, Any]], settings: Sequence[str],
+    trials: Path, best: str, top: Sequence[Mapping[str, Any]], figures_of_all: Mapping[str, Path], command: str,
+    facts: Mapping[str, Any],
+) -> Path:  # fmt: skip
+    """Write the self-contained page.
+
+    Args:
+        path: where.
+        title: of the page.
+        experiment: settings that all trials share.
+        rows: scoreboard rows of finished trials.
+        settings: dotted settings that the sweep varied.
+        trials: folder of the trials' own folders.
+        best: name of the trial whose explanation is shown.
+        top: its top directions, with words.
+        figures_of_all: caption -> picture of all trials.
+        command: what was typed.
+        facts: of the data and of the classifier: ``images``, ``class_names``, ``channels``, ``split_by``, ``source``.
+    """
+    ordered = sorted(rows, key=lambda r: -r.get("score", 0.0))
+    front = pareto_front(ordered, ("flip_rate", "disentanglement", "ssim"))
+    row = next(r for r in ordered if r["trial"] == best)
+    folder = trials / best
+    columns = [c for c in COLUMNS if c in row]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((resources.files("diffex") / "report.html.j2").read_text(encoding="utf-8"))
+    page = template.render(
+        title=title, version=__version__, command=command, row=row, best=best, headline=headline(top),
+        checks=checks(row),
+        traversals=[_embed(p) for p in sorted(folder.glob("traversal-*.png"), key=_number)],
+        ranking=_embed(folder / "ranking.png"), reconstruction=_embed(folder / "reconstruction.png"),
+        overview={caption: _embed(p) for caption, p in figures_of_all.items()}, rows=ordered, front=front,
+        settings=settings, columns=columns, metrics=METRICS, experiment=describe(experiment), facts=facts,
+    )  # fmt: skip
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _number(path: Path) -> list[int]:
+    return [int(n) for n in path.stem.removeprefix("traversal-").split("-")]
+
+
+def _embed(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
