@@ -259,7 +259,10 @@ def _check(
 
 def _draw_nuisance(rng: np.random.Generator, n: int) -> dict[str, Array]:
     """Nuisance parameters of n cells: independent of class and factors."""
-    u = lambda low, high, *shape: rng.uniform(low, high, (n, *shape))
+
+    def u(low: float, high: float, *shape: int) -> NDArray[np.float64]:
+        return rng.uniform(low, high, (n, *shape))
+
     rotation = u(0, 2 * np.pi)
     draws = {
         "position": 0.03 * rng.standard_normal((n, 2)),  # crops are centred on the nucleus, not quite
@@ -350,19 +353,23 @@ def _bump(q: Array) -> Array:
     return np.square(1.0 / (1.0 + q * q))
 
 
+def _column(x: NDArray) -> Array:
+    """One number a cell, or several, shaped to broadcast over its pixels."""
+    return np.asarray(x, np.float32)[..., None, None]
+
+
 def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-    column = lambda x: np.asarray(x, np.float32)[..., None, None]
-    value = {name: column(f.physical(plan.scores[index, i])) for i, (name, f) in enumerate(FACTORS.items())}
-    n = {name: x[index] for name, x in plan.nuisance.items()}
+    value = {name: _column(f.physical(plan.scores[index, i])) for i, (name, f) in enumerate(FACTORS.items())}
+    n: dict[str, NDArray] = {name: x[index] for name, x in plan.nuisance.items()}
     at = ((np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
     gx, gy = at[None, None, :], at[None, :, None]
-    soft = column(2.2 / size + n["focus"])
-    sharp = column(1.0 / (1.0 + 60.0 * n["focus"] ** 1.5))  # out of focus, fine structure fades
+    soft = _column(2.2 / size + n["focus"])
+    sharp = _column(1.0 / (1.0 + 60.0 * n["focus"] ** 1.5))  # out of focus, fine structure fades
 
     # The cell: an ellipse with a wavy outline.  r = 1 on its edge.
-    px, py = gx - column(n["position"][:, 0]), gy - column(n["position"][:, 1])
-    dx, dy = px + column(n["nucleus"][:, 0]), py + column(n["nucleus"][:, 1])
-    cos, sin = column(np.cos(n["rotation"])), column(np.sin(n["rotation"]))
+    px, py = gx - _column(n["position"][:, 0]), gy - _column(n["position"][:, 1])
+    dx, dy = px + _column(n["nucleus"][:, 0]), py + _column(n["nucleus"][:, 1])
+    cos, sin = _column(np.cos(n["rotation"])), _column(np.sin(n["rotation"]))
     x, y = dx * cos + dy * sin, dy * cos - dx * sin
     cell = np.sqrt(value["cytoplasm_area"])
     stretch = np.sqrt(value["cell_elongation"])
@@ -371,7 +378,7 @@ def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.u
     c, s = ex / rho, ey / rho
     c2, s2 = c * c - s * s, 2.0 * c * s
     c3, s3 = c * c2 - s * s2, s * c2 + c * s2
-    w = [column(n["outline"][:, k]) for k in range(4)]
+    w = [_column(n["outline"][:, k]) for k in range(4)]
     r = rho * (1.0 + w[0] * c2 + w[1] * s2 + w[2] * c3 + w[3] * s3)
     body = _edge((1.0 - r) * cell, soft)
 
@@ -379,7 +386,7 @@ def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.u
     beside, beside_nucleus = np.zeros_like(body), np.zeros_like(body)
     for k in range(2):
         angle, distance = n["neighbour_angle"][:, k], n["neighbour_distance"][:, k]
-        nx, ny = gx - column(distance * np.cos(angle)), gy - column(distance * np.sin(angle))
+        nx, ny = gx - _column(distance * np.cos(angle)), gy - _column(distance * np.sin(angle))
         away = np.sqrt(nx * nx + ny * ny)
         beside = np.maximum(beside, _edge(0.72 - away, soft))
         beside_nucleus = np.maximum(beside_nucleus, _edge(0.33 - away, soft))
@@ -389,9 +396,9 @@ def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.u
     two = value["nucleus_count"] > 1.5
     radius = np.sqrt(value["nucleus_area"]) * np.where(two, np.float32(0.78), np.float32(1.0))
     apart = np.where(two, radius * np.float32(0.98), np.float32(0.0))
-    ox, oy = apart * column(np.cos(n["nucleus"][:, 2])), apart * column(np.sin(n["nucleus"][:, 2]))
-    tilt, long = n["nucleus"][:, 3], column(np.sqrt(n["nucleus"][:, 4]))
-    tc, ts = column(np.cos(tilt)), column(np.sin(tilt))
+    ox, oy = apart * _column(np.cos(n["nucleus"][:, 2])), apart * _column(np.sin(n["nucleus"][:, 2]))
+    tilt, long = n["nucleus"][:, 3], _column(np.sqrt(n["nucleus"][:, 4]))
+    tc, ts = _column(np.cos(tilt)), _column(np.sin(tilt))
     nucleus = np.zeros_like(body)
     for sign in (-1.0, 1.0):
         qx, qy = px + sign * ox, py + sign * oy
@@ -419,11 +426,11 @@ def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.u
             plane = 0.05 * (body + beside)
             spread = value["golgi_dispersion"]
             g = n["golgi"]
-            hx, hy = column(0.40 * np.cos(g[:, 0])), column(0.40 * np.sin(g[:, 0]))
+            hx, hy = _column(0.40 * np.cos(g[:, 0])), _column(0.40 * np.sin(g[:, 0]))
             for k in range(7):
-                sx = px - hx - spread * column(g[:, 1 + k])
-                sy = py - hy - spread * column(g[:, 8 + k])
-                plane = plane + 0.55 * _bump((sx * sx + sy * sy) / (0.055 + soft) ** 2) * column(g[:, 15 + k])
+                sx = px - hx - spread * _column(g[:, 1 + k])
+                sy = py - hy - spread * _column(g[:, 8 + k])
+                plane = plane + 0.55 * _bump((sx * sx + sy * sy) / (0.055 + soft) ** 2) * _column(g[:, 15 + k])
             plane = plane * np.maximum(body, 0.25)
         else:  # mitochondria
             threads = np.maximum(0.0, 0.5 + 0.8 * _texture("fine", n["texture"][:, 3], size) * sharp)
@@ -434,9 +441,9 @@ def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.u
     image = np.stack(planes, axis=1)
     which = [CHANNELS.index(channel) for channel in plan.channels]
     alpha, slope = n["illumination"][:, 0], n["illumination"][:, 1]
-    light = 1.0 + column(slope * np.cos(alpha)) * gx + column(slope * np.sin(alpha)) * gy
-    image *= light[:, None] * column(n["gain"][:, which])
-    image += column(n["background"])[:, None]
+    light = 1.0 + _column(slope * np.cos(alpha)) * gx + _column(slope * np.sin(alpha)) * gy
+    image *= light[:, None] * _column(n["gain"][:, which])
+    image += _column(n["background"])[:, None]
     # Shot and camera noise, from a generator of the cell's own: pixels do not depend on what else is drawn.
     for k, cell_index in enumerate(index):
         rng = np.random.Generator(np.random.SFC64([plan.seed, int(cell_index)]))

@@ -291,16 +291,14 @@ def _cross_check(e: Experiment) -> None:
         raise UserError(f"data.classes = {list(e.data.classes)}: name two or more different classes, or none for all")
     if len(set(e.data.channels)) != len(e.data.channels):
         raise UserError(f"data.channels = {list(e.data.channels)} names a channel twice")
-    if not e.ranking.alphas:
-        raise UserError("ranking.alphas is empty: give at least one shift length, e.g. ranking.alphas='[1, 3]'")
     if e.ranking.source is not None and e.ranking.source == e.ranking.target:
         raise UserError(f"ranking.source and ranking.target are both {e.ranking.source!r}")
 
 
 def idle_settings(e: Experiment) -> list[str]:
     """Warnings, one line each, for settings that differ from their default but have no effect in this experiment."""
-    default, warnings = flat(Experiment()), []
-    mine = flat(e)
+    default, mine = flat(Experiment()), flat(e)
+    warnings: list[str] = []
 
     def idle(names: Iterator[str] | list[str], why: str) -> None:
         warnings.extend(f"{n} = {mine[n]!r} has no effect: {why}" for n in names if mine[n] != default[n])

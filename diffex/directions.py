@@ -107,7 +107,10 @@ class DirectionModels(nn.Module):
         self.kind, self.num, self.dim = kind, num, dim
         layers = {"mlp": depth, "linear": 1, "fixed": 0}[kind]
         bound = dim**-0.5
-        uniform = lambda *shape: nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+        def uniform(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
         self.weights = nn.ParameterList([uniform(num, dim, dim) for _ in range(layers)])
         biased = 1 if kind == "linear" else max(layers - 1, 0)
         self.biases = nn.ParameterList([uniform(num, dim) for _ in range(biased)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -218,10 +219,9 @@ class Explainer:
         p = torch.empty(b, k, 2, len(steps))
         said = torch.empty(b, k, 2, len(steps), dtype=torch.bool)
         for d in range(k):
-            for s, sign in enumerate((1.0, -1.0)):
-                for a, alpha in enumerate(steps):
-                    probs = self.classifier.probabilities(self._edit(code, d, sign * alpha, batch_size))
-                    p[:, d, s, a], said[:, d, s, a] = probs[:, c].cpu(), (probs.argmax(dim=1) == c).cpu()
+            for s, a in product(range(2), range(len(steps))):
+                probs = self.classifier.probabilities(self._edit(code, d, steps[a] * (1 - 2 * s), batch_size))
+                p[:, d, s, a], said[:, d, s, a] = probs[:, c].cpu(), (probs.argmax(dim=1) == c).cpu()
         effect = p[..., -1] - before.cpu()[:, None, None]
         grid = torch.tensor(steps)
         flips_at = torch.where(said, grid, torch.inf).min(dim=-1).values
@@ -256,7 +256,8 @@ def traversal(explainer: Explainer, x: Tensor, direction: int, alphas: Sequence[
     images = torch.cat([explainer.model.decode(part, noise) for part, noise in pairs])
     probs = explainer.classifier.probabilities(images)
     shape = (len(alphas), len(x))
-    return tuple(x.unflatten(0, shape).transpose(0, 1).cpu().contiguous() for x in (images, probs))  # type: ignore[return-value]
+    images, probs = images.unflatten(0, shape).transpose(0, 1), probs.unflatten(0, shape).transpose(0, 1)
+    return images.cpu().contiguous(), probs.cpu().contiguous()
 
 
 def choose_rows(

@@ -7,6 +7,7 @@ Images are compared in [0, 1] (data range 1), the range of the published numbers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -142,9 +143,22 @@ def mean_overlap(maps: Floats) -> float:
     return float(cosine[~np.eye(k, dtype=bool)].mean())
 
 
-def factor_recovery(
-    shifts: Floats, factors: Sequence[str], planted: Sequence[str], *, least: float = 0.5
-) -> dict[str, object]:
+@dataclass(frozen=True)
+class Recovery:
+    """Planted factors that directions move.
+
+    Attributes:
+        moved: those that some direction moves enough, and more than any decoy.
+        recovered: those that are the *largest* change of some direction (a direction stands for one factor only).
+        decoy_hits: number of directions whose largest change is a decoy.
+    """
+
+    moved: list[str]
+    recovered: list[str]
+    decoy_hits: int
+
+
+def factor_recovery(shifts: Floats, factors: Sequence[str], planted: Sequence[str], *, least: float = 0.5) -> Recovery:
     """Which planted factors the directions move, on the simulated assay.
 
     Args:
@@ -153,10 +167,6 @@ def factor_recovery(
         planted: those that a treatment moves; the rest are decoys.
         least: a change below this many standard deviations counts as none.
 
-    Returns:
-        ``moved``: planted factors that some direction moves by at least ``least`` and more than any decoy.
-        ``recovered``: planted factors that are the *largest* change of a direction of their own (each direction
-        stands for one factor only).  ``decoy_hits``: number of directions whose largest change is a decoy.
     """
     size = np.abs(np.asarray(shifts, float))
     is_planted = np.array([f in planted for f in factors])
@@ -166,4 +176,4 @@ def factor_recovery(
     strong = size.max(axis=1, initial=0.0) >= least
     recovered = [f for j, f in enumerate(factors) if is_planted[j] and ((largest == j) & strong).any()]
     hits = int((strong & ~is_planted[largest]).sum()) if size.size else 0
-    return {"moved": moved, "recovered": recovered, "decoy_hits": hits}
+    return Recovery(moved, recovered, hits)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -197,7 +197,9 @@ class DiffusionAutoencoder(nn.Module):
         """Read a model written by ``save``: evaluation mode, no gradients into parameters."""
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.pop("autoencoder").items()}
+            settings: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in config.pop("autoencoder").items()
+            }
             model = cls(Autoencoder(**settings), rendering, compute=compute, **config)
             model.load_state_dict(load_file(folder / "model.safetensors", device=str(compute.device)))
         except (OSError, KeyError, TypeError, RuntimeError) as error:

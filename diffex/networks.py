@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +146,7 @@ class UNet(nn.Module):
         time_dim = 4 * widths[0]
         self.base = widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
-        condition = {"time_dim": time_dim, "code_dim": code_dim, "dropout": dropout}
+        condition: dict[str, Any] = {"time_dim": time_dim, "code_dim": code_dim, "dropout": dropout}
 
         self.stem = nn.Conv2d(folded + 2 * coordinates, widths[0], 3, padding=1)
         self.down, skips, width = nn.ModuleList(), [widths[0]], widths[0]
@@ -182,7 +183,7 @@ class UNet(nn.Module):
         for stage in self.middle:
             h = stage(h, time, z)
         for stage in self.up:
-            h = stage(h if stage.block.change else torch.cat([h, skips.pop()], dim=1), time, z)
+            h = stage(h if stage.changes_size else torch.cat([h, skips.pop()], dim=1), time, z)
         h = self.head(F.silu(self.norm(h)))
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
@@ -193,6 +194,7 @@ class _Stage(nn.Module):
     def __init__(self, inside: int, outside: int, *, attend: bool = False, change: str | None = None,
                  time_dim: int = 0, code_dim: int = 0, dropout: float = 0.0) -> None:  # fmt: skip
         super().__init__()
+        self.changes_size = change is not None
         self.block = ResidualBlock(
             inside, outside, time_dim=time_dim, code_dim=code_dim, change=change, dropout=dropout
         )

@@ -205,7 +205,7 @@ def _statistics(
     a: EffectArrays, effect: NDArray, flips: NDArray, null: EffectArrays, confidence: float, draws: int, seed: int
 ) -> dict[str, Any]:
     can = a.eligible
-    interval = {"confidence": confidence, "draws": draws, "seed": seed}
+    interval: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
     low, high = metrics.bootstrap_interval(effect, a.groups, **interval)
     flip_low, flip_high = metrics.bootstrap_interval(flips[can].astype(float), a.groups[can], **interval)
     null_effect = null.effect[:, :, 0].mean(axis=1)

@@ -39,7 +39,9 @@ class Source(Protocol):
     name: str
     class_names: NDArray[np.str_]
     metadata: dict[str, NDArray]
-    channels: tuple[str, ...] | None
+
+    @property
+    def channels(self) -> tuple[str, ...] | None: ...
 
     def images(self, rows: Sequence[int], size: int) -> Iterator[tuple[str, NDArray]]:
         """Decode the rows in order: pairs of (name for messages, (H, W, C) array).  ``size`` is what will be asked."""
@@ -67,8 +69,10 @@ def open_source(data: Data, simulated: Assay) -> Source:
 class FolderSource:
     """A folder with one sub-folder per class, holding PNG, JPEG or TIFF files (in sub-folders too)."""
 
+    channels = None
+
     def __init__(self, path: Path) -> None:
-        self.name, self.channels = str(path), None
+        self.name = str(path)
         classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         self.files: list[Path] = []
         names: list[str] = []
@@ -96,8 +100,10 @@ class FolderSource:
 class ParquetSource:
     """A Parquet file with columns ``image`` (encoded bytes), ``label`` and/or ``class_name``, and metadata."""
 
+    channels = None
+
     def __init__(self, path: Path) -> None:
-        self.name, self.path, self.channels = str(path), path, None
+        self.name, self.path = str(path), path
         try:
             self.file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
@@ -205,7 +211,7 @@ def decode(content: bytes, name: str) -> NDArray:
 
 def _decode_other(content: bytes) -> NDArray:
     with Image.open(io.BytesIO(content)) as opened:
-        image = opened
+        image: Image.Image = opened
         if image.mode in ("P", "PA", "CMYK", "YCbCr", "RGBA", "HSV", "LAB"):
             image = image.convert("RGB")
         elif image.mode in ("LA", "1"):

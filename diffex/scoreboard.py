@@ -133,7 +133,7 @@ def _explain_pair(
     e: Experiment, table: pa.Table, source: str, target: str
 ) -> tuple[dict[str, float], pa.Table, EffectArrays]:
     r = e.ranking
-    options = {"confidence": r.confidence, "draws": r.bootstrap, "seed": e.run.seed}
+    options: dict[str, Any] = {"confidence": r.confidence, "draws": r.bootstrap, "seed": e.run.seed}
     ranking = rank(table, source, target, top=r.top, explained_at=r.explained_at, **options)
     a = arrays(table, "learned", source, target)
     first = ranking.slice(0, 1).to_pylist()[0]
@@ -165,7 +165,8 @@ def _recovery(
 ) -> dict[str, Any]:  # fmt: skip
     """Planted factors found, for the simulated assay: factors that the ruler measures count, others can't."""
     visible = _planted(e, facts)
-    shifts, baseline_shifts, factors = [], [], ()
+    shifts, baseline_shifts = [], []
+    factors: tuple[str, ...] = ()
     for (source, target), ranking in zip(pairs, rankings, strict=True):
         a = arrays(table, "learned", source, target)
         factors = a.factors
@@ -179,12 +180,12 @@ def _recovery(
     planted = [f for f in visible if f in factors]
     found = metrics.factor_recovery(np.stack(shifts), factors, planted)
     row: dict[str, Any] = {
-        "recovery.planted": len(planted), "recovery.moved": len(found["moved"]),
-        "recovery.recovered": len(found["recovered"]), "recovery.decoy_hits": found["decoy_hits"],
-        "recovery.moved_names": ", ".join(found["moved"]), "recovery.recovered_names": ", ".join(found["recovered"]),
+        "recovery.planted": len(planted), "recovery.moved": len(found.moved),
+        "recovery.recovered": len(found.recovered), "recovery.decoy_hits": found.decoy_hits,
+        "recovery.moved_names": ", ".join(found.moved), "recovery.recovered_names": ", ".join(found.recovered),
     }  # fmt: skip
     if baseline_shifts:
-        row["class_mean.moved"] = len(metrics.factor_recovery(np.stack(baseline_shifts), factors, planted)["moved"])
+        row["class_mean.moved"] = len(metrics.factor_recovery(np.stack(baseline_shifts), factors, planted).moved)
     return row
 
 
@@ -197,7 +198,8 @@ def pareto_front(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -
     """Which rows no other row beats: none is at least as good in every objective and better in one."""
     values = np.array([[float(r[o]) for o in objectives] for r in rows]).reshape(len(rows), -1)
     better = (values[:, None] >= values[None]).all(axis=-1) & (values[:, None] > values[None]).any(axis=-1)
-    return [bool(b) for b in ~better.any(axis=0)]
+    beaten = np.any(better, axis=0)
+    return [not b for b in beaten.tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

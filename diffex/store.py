@@ -105,7 +105,7 @@ class Store:
                     (partial / "seconds").write_text(f"{seconds:.3f}")
             (partial / "seconds").unlink()
             files = sorted(p for p in partial.rglob("*") if p.is_file())
-            record = {
+            record: dict[str, Any] = {
                 "stage": stage, "digest": digest, "about": about or {}, "facts": facts, "seconds": round(seconds, 3),
                 "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "files": {str(p.relative_to(partial)): _sha256(p) for p in files},

@@ -98,10 +98,10 @@ def fit(
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
         if seen % stretch == 0 or seen >= until:
             means = {name: float(total) / count for name, total in sums.items()}
-            for name, value in means.items():
-                if not math.isfinite(value):
+            for name, mean in means.items():
+                if not math.isfinite(mean):
                     raise TrainingError(
-                        f"{task.name}: the {name} loss is {value} after {seen} images; lower the learning rate, or "
+                        f"{task.name}: the {name} loss is {mean} after {seen} images; lower the learning rate, or "
                         "look for extreme pixels in the data"
                     )
             history.append({"images": seen, **means})
