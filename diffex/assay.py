@@ -22,6 +22,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from diffex.errors import UserError
+
 Array = NDArray[np.float32]
 
 CHANNELS = ("DNA", "tubulin", "actin", "Golgi", "mitochondria")
@@ -97,7 +99,7 @@ NUISANCES = (
 DESIGNS: dict[str, dict[str, dict[str, float]]] = {
     "binary": {
         "compound": {
-            "actin_rim": -3.0, "cytoplasm_area": -2.2, "microtubule_density": 2.2, "nucleus_area": 2.2,
+            "actin_rim": -3.4, "cytoplasm_area": -2.5, "microtubule_density": 2.6, "nucleus_area": 2.6,
         },
     },
     "multiclass": {
@@ -189,7 +191,7 @@ def plan(
         The plan of N cells.
 
     Raises:
-        ValueError: an unknown channel, factor or class name, or a number out of range.
+        UserError: an unknown channel, factor or class name, or a number out of range.
     """
     _check(treatments, channels, num_images, num_plates, wells_per_class, doses)
     rng = np.random.default_rng(seed)
@@ -237,24 +239,24 @@ def _check(
 ) -> None:  # fmt: skip
     for channel in channels:
         if channel not in CHANNELS:
-            raise ValueError(f"assay channel {channel!r} is not one of {', '.join(CHANNELS)} (data.channels)")
+            raise UserError(f"assay channel {channel!r} is not one of {', '.join(CHANNELS)} (data.channels)")
     if not 1 <= len(set(channels)) == len(channels):
-        raise ValueError(
+        raise UserError(
             f"the assay needs 1 to {len(CHANNELS)} different channels, got {list(channels)} (data.channels)"
         )
     if not treatments or CONTROL in treatments:
-        raise ValueError(f"assay.treatments needs at least one class, and none called {CONTROL!r}: it is the control")
+        raise UserError(f"assay.treatments needs at least one class, and none called {CONTROL!r}: it is the control")
     for name, shifts in treatments.items():
         for factor in shifts:
             if factor not in FACTORS:
-                raise ValueError(
+                raise UserError(
                     f"treatment {name!r} moves {factor!r}, which is not one of {', '.join(FACTORS)} (assay.treatments)"
                 )
     if min(num_plates, wells_per_class) < 1 or not doses or min(doses) < 0:
-        raise ValueError("the assay needs num_plates >= 1, wells_per_class >= 1 and doses >= 0")
+        raise UserError("the assay needs num_plates >= 1, wells_per_class >= 1 and doses >= 0")
     wells = num_plates * wells_per_class * (len(treatments) + 1)
     if num_images < wells:
-        raise ValueError(f"assay.num_images = {num_images} leaves some of the {wells} wells empty; raise it")
+        raise UserError(f"assay.num_images = {num_images} leaves some of the {wells} wells empty; raise it")
 
 
 def _draw_nuisance(rng: np.random.Generator, n: int) -> dict[str, Array]:
@@ -302,10 +304,10 @@ def draw(plan: Plan, size: int, indices: Sequence[int] | None = None) -> Iterato
         Arrays (b, C, size, size) uint8 of up to ``CHUNK`` cells, in the order of ``indices``.
 
     Raises:
-        ValueError: size out of range.
+        UserError: size out of range.
     """
     if not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"the assay draws images of {SIZES[0]} to {SIZES[1]} pixels, got {size} (data.size)")
+        raise UserError(f"the assay draws images of {SIZES[0]} to {SIZES[1]} pixels, got {size} (data.size)")
     order = np.arange(len(plan)) if indices is None else np.asarray(indices, np.int64)
     for start in range(0, len(order), CHUNK):
         yield _draw_chunk(plan, size, order[start : start + CHUNK])

@@ -389,20 +389,18 @@ def conclude(
     print(f"\nreport: {report}    MLflow: mlflow ui --backend-store-uri {uri}")
 
 
+MEASURES = {
+    "score": "score", "flip_rate": "flips", "disentanglement": "disentangled", "ssim": "SSIM", "agreement": "agreement",
+    "gate.swapped": "swapped", "gate.random": "random", "null.flip_rate": "null", "class_mean.flip_rate": "class mean",
+    "recovery.moved": "factors found",
+}  # fmt: skip
+"""Columns of the terminal's table: name in the row -> heading."""
+
+
 def print_table(rows: Sequence[Mapping[str, Any]], settings: Sequence[str], front: Sequence[bool]) -> None:
     """The trials, best first by score, a star for the Pareto front."""
-    measures = [
-        "score",
-        "flip_rate",
-        "disentanglement",
-        "ssim",
-        "agreement",
-        "gate.swapped",
-        "gate.random",
-        "null.flip_rate",
-    ]
-    measures += ["recovery.moved"] if rows and "recovery.moved" in rows[0] else []
-    short = [name.split(".")[-1] for name in (*settings, *measures)]
+    measures = [name for name in MEASURES if rows and name in rows[0]]
+    short = [*(name.split(".")[-1] for name in settings), *(MEASURES[name] for name in measures)]
     table = [["", "trial", *short]]
     for r, chosen in sorted(zip(rows, front, strict=True), key=lambda item: -item[0]["score"]):
         cells = [f"{r[n]:.3g}" if isinstance(r[n], int | float) else str(r[n]) for n in (*settings, *measures)]

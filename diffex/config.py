@@ -114,7 +114,7 @@ class Autoencoder:
     dropout: float = setting(0.0, "dropout in the U-Net", low=0.0, high=0.9)
     prediction: str = setting("v", "what the U-Net's output stands for (eps: published)", choices=("v", "eps"))
     weighting: str = setting("v", "loss weight over time: simple is eps error (published)", choices=("v", "simple"))
-    images: int = setting(34_000, "images seen in training, warm-up included", low=32)
+    images: int = setting(36_000, "images seen in training, warm-up included", low=32)
     warmup_fraction: float = setting(
         0.8, "share of the training before the classifier term starts; trials share it", low=0.0, high=1.0
     )
@@ -124,7 +124,7 @@ class Autoencoder:
     clip: float = setting(1.0, "largest norm of the gradient", low=0.0)
     ema: float = setting(0.9995, "decay of the averaged weights a step (shorter at the start)", low=0.0, high=0.99999)
     flips: bool = setting(False, "mirror images at random")
-    lambda1: float = setting(1.0, "weight of the classifier term KL(p(x) || p(x_hat))", low=0.0)
+    lambda1: float = setting(3.0, "weight of the classifier term KL(p(x) || p(x_hat))", low=0.0)
     classifier_term: str = setting(
         "one_step",
         "x_hat is the one-step estimate, or comes from the last DDIM steps",
@@ -186,8 +186,10 @@ class Ranking:
 
     source: str | None = setting(None, "class whose images are edited; null: the control (two classes) or every class")
     target: str | None = setting(None, "class to be reached; null: the other one, or every other one in turn")
-    num_images: int = setting(48, "images edited of each source class", low=2)
-    alphas: tuple[float, ...] = setting((3.0,), "further shift lengths in standard deviations, both signs", low=1e-6)
+    num_images: int = setting(56, "images edited of each source class", low=2)
+    alphas: tuple[float, ...] = setting(
+        (), "shift lengths in standard deviations, both signs, to be tried besides the reference length", low=1e-6
+    )
     top: int = setting(5, "directions to report, M", low=1)
     explained_at: float | None = setting(
         None, "effect at which a direction explains an image, which later ones need not; null: its mean effect", low=0.0
@@ -200,8 +202,8 @@ class Ranking:
 class Evaluation:
     """What the scoreboard measures, and on how many images."""
 
-    num_images: int = setting(64, "test images for reconstruction and for the conditioning gate", low=4)
-    random_directions: int = setting(12, "random directions of the null", low=1)
+    num_images: int = setting(128, "test images for reconstruction and for the conditioning gate", low=4)
+    random_directions: int = setting(24, "random directions of the null", low=1)
     baselines: tuple[str, ...] = setting(
         ("class_mean",), "directions to set beside the learned ones", choices=("class_mean", "linear", "principal")
     )

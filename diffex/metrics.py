@@ -169,7 +169,7 @@ def factor_recovery(shifts: Floats, factors: Sequence[str], planted: Sequence[st
 
     """
     size = np.abs(np.asarray(shifts, float))
-    is_planted = np.array([f in planted for f in factors])
+    is_planted = np.array([f in planted for f in factors], bool)
     decoy = size[:, ~is_planted].max(axis=1, initial=0.0)
     moved = [f for j, f in enumerate(factors) if is_planted[j] and ((size[:, j] >= least) & (size[:, j] > decoy)).any()]
     largest = size.argmax(axis=1) if size.size else np.zeros(0, int)

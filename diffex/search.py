@@ -221,6 +221,9 @@ class _Tell(tune.Callback):
     def __init__(self, board: Board) -> None:
         self.board = board
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes its callbacks to disk; a board has a thread, and belongs to this process alone
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         r = trial.last_result or {}
         shown = "  ".join(f"{m} {r[m]:.3f}" for m in OBJECTIVES if isinstance(r.get(m), float))

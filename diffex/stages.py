@@ -100,7 +100,7 @@ def run_classifier(w: Work) -> dict[str, Any]:
         torch.manual_seed(train.hash_seed(e.run.seed, 1))
         network = ResidualClassifier(len(info.channels), len(info.class_names), width=e.classifier.width)
         task = train.SupervisedTask(
-            "classifier", network, store, train.classification_loss(torch.from_numpy(store.labels)), e.classifier,
+            "classifier", network, store, train.classification_loss(torch.tensor(store.labels)), e.classifier,
             images=e.classifier.images, compute=w.compute, seed=e.run.seed,
         )  # fmt: skip
         _write_history(w.out, train.fit(task, w.out, seed=e.run.seed, progress=w.progress))
@@ -296,22 +296,15 @@ def class_pairs(e: Experiment, class_names: tuple[str, ...]) -> list[tuple[int, 
     return [(s, t) for s in sources for t in targets if s != t]
 
 
+USUAL_CONTROLS = (
+    "dmso", "control", "ctrl", "untreated", "uninfected", "negative", "healthy", "normal", "wildtype", "wt", "mock",
+    "vehicle",
+)  # fmt: skip
+
+
 def _control(class_names: tuple[str, ...]) -> int:
     """The class that is most likely the untreated one: a usual name of it, else the first."""
-    usual = (
-        "dmso",
-        "control",
-        "ctrl",
-        "untreated",
-        "negative",
-        "healthy",
-        "normal",
-        "wildtype",
-        "wt",
-        "mock",
-        "vehicle",
-    )
-    return next((i for i, name in enumerate(class_names) if name.lower() in usual), 0)
+    return next((i for i, name in enumerate(class_names) if name.lower() in USUAL_CONTROLS), 0)
 
 
 def load_measure(folder: Path, channels: int, device: torch.device) -> Measure:

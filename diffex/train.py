@@ -27,6 +27,7 @@ from diffex.compute import Compute
 from diffex.config import Autoencoder, Classifier, Directions
 from diffex.data import ImageStore, Progress, sample_rows
 from diffex.directions import DirectionModels, Objective, Responses, projector
+from diffex.errors import UserError
 from diffex.model import DiffusionAutoencoder
 from diffex.networks import ResidualClassifier
 
@@ -34,7 +35,7 @@ CHECKPOINT = "checkpoint.safetensors"
 History = list[dict[str, float]]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training went wrong numerically; the message says where, and what usually helps."""
 
 

@@ -11,7 +11,7 @@ from diffex.search import Levels, Range
 
 SPACE = {
     # The classifier term.  A few levels, not a range: trials at the same level share one trained autoencoder.
-    "autoencoder.lambda1": Levels((0.0, 0.3)),
+    "autoencoder.lambda1": Levels((0.0, 3.0)),
     # Decorrelation against the other two terms of stage 2: at 0.1 directions repeat each other, at 10 it rules alone.
     "directions.lambda2": Range(0.1, 10.0, log=True),
     "directions.num_directions": Levels((4, 6, 8)),
