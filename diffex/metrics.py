@@ -140,7 +140,7 @@ def mean_overlap(maps: Floats) -> float:
         return 0.0
     unit = magnitude / np.maximum(np.linalg.norm(magnitude, axis=-1, keepdims=True), 1e-12)
     cosine = np.einsum("knp,lnp->nkl", unit, unit).mean(axis=0)
-    return float(cosine[~np.eye(k, dtype=bool)].mean())
+    return float(np.clip(cosine[~np.eye(k, dtype=bool)].mean(), 0.0, 1.0))
 
 
 @dataclass(frozen=True)

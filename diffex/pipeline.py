@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffex.data import Progress
 from diffex.directions import DirectionSet, needs_responses
 from diffex.errors import UserError, did_you_mean
 from diffex.explain import Explainer
+from diffex.readers import ASSAY_CHANNELS
 from diffex.store import Entry, Store
 from diffex.version import __version__
 
@@ -69,7 +70,8 @@ def _seeded(e: Experiment, *settings: Any) -> dict[str, Any]:
 
 def _uses_data(e: Experiment) -> Any:
     if e.data.path is None:
-        return [to_dict(e.data), to_dict(e.assay)]
+        channels = e.data.channels or ASSAY_CHANNELS  # asking for the default by name is the same data
+        return [to_dict(e.data) | {"channels": channels}, to_dict(e.assay)]
     return [_leave(e.data, "path"), fingerprint(Path(e.data.path))]
 
 
@@ -146,7 +148,7 @@ GRAPH: dict[str, Stage] = {
         ),
     ),
     "pictures": Stage(
-        run=stages.run_pictures, needs=("data", "classifier", "autoencoder", "directions", "effects", "scoreboard"),
+        run=stages.run_pictures, needs=("scoreboard", "data", "classifier", "autoencoder", "directions", "effects"),
         code=(*_NETWORK, "directions", "explain"), uses=lambda e: _seeded(e, e.ranking.top),
     ),
 }  # fmt: skip
@@ -232,9 +234,13 @@ def silent(what: str, done: int, total: int) -> None:
     """A meter that shows nothing."""
 
 
+def nobody(stage: str, facts: Mapping[str, Any]) -> None:
+    """An observer that does nothing."""
+
+
 def ensure(
     store: Store, e: Experiment, last: str = "pictures", *, progress: Progress = silent,
-    observe: stages.Observe = lambda stage, value: None,
+    observe: stages.Observe = nobody,
 ) -> Outcome:  # fmt: skip
     """Compute a stage and all it rests on, reusing what the store holds.
 
@@ -243,7 +249,7 @@ def ensure(
         e: the experiment.
         last: name of the stage.
         progress: told of every stage's progress.
-        observe: told of intermediate results.
+        observe: told of each stage's facts, and of effects so far.
 
     Raises:
         UserError: whatever the user must mend.  Nothing half-made is left: a later call resumes.
@@ -268,6 +274,7 @@ def ensure(
             about={"needs": {n: digests[n] for n in needs}},
             waiting=lambda name=name: progress(f"waiting for {name}", 0, 1),  # type: ignore[misc]
         )
+        observe(name, entries[name].facts)
     return Outcome(entries)
 
 
@@ -308,7 +315,7 @@ def load_explainer(folder: str | Path, *, trial: str | None = None, device: str 
         out=chosen,
         compute=Compute.resolve(e.run),
         progress=silent,
-        observe=lambda s, v: None,
+        observe=nobody,
     )
     directions = DirectionSet.load(places["directions"], work.compute.device)
     return Explainer(work.autoencoder(), directions, work.classifier(work.images()))

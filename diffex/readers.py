@@ -24,6 +24,7 @@ from diffex.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_CHANNELS = 5
+ASSAY_CHANNELS = ("DNA", "tubulin", "actin")  # of the simulated assay, where none are asked for
 
 
 class Source(Protocol):
@@ -144,7 +145,7 @@ class AssaySource:
     """The simulated assay: metadata carry the true factors, and pixels are drawn on demand at the size asked for."""
 
     def __init__(self, settings: Assay, channels: Sequence[str] = ()) -> None:
-        self.name, self.channels = "simulated assay", tuple(channels) or ("DNA", "tubulin", "actin")
+        self.name, self.channels = "simulated assay", tuple(channels) or ASSAY_CHANNELS
         self.plan = assay.plan(
             treatments=settings.treatments or assay.DESIGNS[settings.design], channels=self.channels,
             num_images=settings.num_images, num_plates=settings.num_plates, wells_per_class=settings.wells_per_class,

@@ -66,6 +66,11 @@ class Scored:
     top: list[dict[str, Any]]
 
 
+def overall_score(row: Mapping[str, float]) -> float:
+    """Geometric mean of flip rate, disentanglement and SSIM."""
+    return float(max(row["flip_rate"] * row["disentanglement"] * row["ssim"], 0.0) ** (1 / 3))
+
+
 def partial_scores(e: Experiment, pairs: Sequence[Sequence[str]], table: pa.Table) -> dict[str, float]:
     """The objectives that an unfinished effects table already gives (ssim is known before it)."""
     rows = [_explain_pair(e, table, s, t)[0] for s, t in pairs]
@@ -119,7 +124,7 @@ def score(e: Experiment, facts: Mapping[str, Mapping[str, Any]], table: pa.Table
 
     if "ruler" in facts:
         row |= _recovery(e, facts, table, pairs, rankings)
-    row["score"] = float(max(row["flip_rate"] * row["disentanglement"] * row["ssim"], 0.0) ** (1 / 3))
+    row["score"] = overall_score(row)
     row["cost.unet_evaluations"] = sum(int(f.get("unet_evaluations", 0)) for f in facts.values())
     learned = arrays(table, "learned", *pairs[0])
     planted = _planted(e, facts) if "ruler" in facts else ()

@@ -7,6 +7,8 @@ repeats nothing: it tells the study what ended, puts interrupted settings first 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -26,9 +28,10 @@ from diffex import tracking
 from diffex.cluster import Resources, compute_all, connected, use_threads
 from diffex.config import Experiment, digest, flat, from_dict, to_dict
 from diffex.errors import UserError
-from diffex.pipeline import Outcome, ensure, stage_digests
+from diffex.pipeline import Outcome, ensure, nobody, stage_digests
 from diffex.progress import Board, FileMeter
-from diffex.scoreboard import partial_scores
+from diffex.scoreboard import overall_score, partial_scores
+from diffex.stages import EFFECTS_SO_FAR, Observe
 from diffex.store import Store
 from diffex.version import __version__
 
@@ -209,7 +212,8 @@ def _run_trials(
             ),
         )  # fmt: skip
         _quiet()
-        results = tuner.fit()
+        with contextlib.redirect_stdout(io.StringIO()):  # verbose=0 still prints a banner; our bars use stderr
+            results = tuner.fit()
     if target is not None:
         tracking.end_orphans(target)
     return [_reason(error) for error in results.errors]
@@ -273,10 +277,12 @@ def _open_study(sweep: Sweep, output: Path) -> tuple[optuna.Study, optuna.storag
             if trial.params:
                 study.enqueue_trial(trial.params)
     if not study.trials:
-        base = flat(sweep.base)
+        base, queued = flat(sweep.base), []
         for settings in sweep.first:
             start = {name: settings.get(name, _as_choice(base[name], choice)) for name, choice in sweep.space.items()}
-            study.enqueue_trial(start)
+            if start not in queued:
+                queued.append(start)
+                study.enqueue_trial(start)
     return study, storage
 
 
@@ -306,39 +312,41 @@ def _trial(
     experiment = from_dict(base).with_settings(config)
     name = trial_name(from_dict(base), config)
     meter = FileMeter(Path(output) / "progress", name)
-    with tracking.TrialRun(target, f"trial-{name}", name, {**flat(experiment)}) as run:
+    folder = Path(output) / "trials" / name
+    watch = _report_early(experiment, folder, config, name) if objective == "score" else nobody
+    with tracking.TrialRun(target, f"trial-{name}", name, flat(experiment)) as run:
         try:
-            shelf = Store(store)
-            ssim = ensure(shelf, experiment, "reconstruction", progress=meter)["reconstruction"].facts["ssim"]["mean"]
-
-            def observe(stage: str, table: Any) -> None:
-                if objective != "score" or stage != "effects":
-                    return
-                pairs = ensure_pairs(experiment, table)
-                scores = {**partial_scores(experiment, pairs, table), "ssim": ssim}
-                score = max(scores["flip_rate"] * scores["disentanglement"] * ssim, 0.0) ** (1 / 3)
-                images = len(set(table["row"].to_pylist()))
-                _write_row(
-                    Path(output) / "trials" / name,
-                    {**config, **scores, "score": score, "trial": name, "status": "stopped", "images": images},
-                )
-                tune.report({**scores, "score": score, "images": images, "trial": name})
-
-            outcome = ensure(shelf, experiment, "pictures", progress=meter, observe=observe)
-            row = finish_trial(Path(output) / "trials" / name, experiment, outcome, config, name)
-            run.log(
-                row,
-                histories(outcome),
-                trial_files(Path(output) / "trials" / name),
-                {"paid": row["paid"], "reused": row["reused"]},
-            )
+            outcome = ensure(Store(store), experiment, progress=meter, observe=watch)
+            row = finish_trial(folder, experiment, outcome, config, name)
+            tags = {"paid": row["paid"], "reused": row["reused"]}
+            run.log(row, histories(outcome), trial_files(folder), tags)
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in config}
             tune.report({**numbers, "trial": name, "images": outcome["effects"].facts["images"]})
         finally:
             meter.close()
 
 
-def ensure_pairs(experiment: Experiment, table: Any) -> list[tuple[str, str]]:
+def _report_early(experiment: Experiment, folder: Path, config: Mapping[str, Any], name: str) -> Observe:
+    """Report the scores on the images rendered so far, so that ASHA can stop a bad trial."""
+    ssim = 0.0
+
+    def observe(stage: str, facts: Mapping[str, Any]) -> None:
+        nonlocal ssim
+        if stage == "reconstruction":
+            ssim = facts["ssim"]["mean"]
+        if stage != EFFECTS_SO_FAR:
+            return
+        table = facts["table"]
+        scores = {**partial_scores(experiment, _pairs_so_far(experiment, table), table), "ssim": ssim}
+        scores["score"] = overall_score(scores)
+        progress = {"trial": name, "images": len(set(table["row"].to_pylist()))}
+        _write_row(folder, {**config, **scores, **progress, "status": "stopped"})
+        tune.report({**scores, **progress})
+
+    return observe
+
+
+def _pairs_so_far(experiment: Experiment, table: Any) -> list[tuple[str, str]]:
     """The (source, target) pairs of which an unfinished effects table already holds images."""
     from diffex.ranking import classes_of
     from diffex.stages import class_pairs

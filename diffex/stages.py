@@ -6,7 +6,7 @@ Which stage needs which, and what decides its digest, stands in ``diffex.pipelin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,11 @@ from diffex.store import RECORD
 
 SHARD = 16  # images whose effects are rendered, and saved, together
 
-Observe = Callable[[str, Any], None]
-"""``observe(stage, value)``: told of intermediate results, so that a scheduler can stop a bad trial."""
+EFFECTS_SO_FAR = "effects so far"
+
+Observe = Callable[[str, Mapping[str, Any]], None]
+"""``observe(stage, facts)``: told of each stage that is there, and with EFFECTS_SO_FAR of the ``table`` rendered until
+then, so that a scheduler can stop a bad trial."""
 
 
 @dataclass(kw_only=True)
@@ -370,7 +373,7 @@ def run_effects(w: Work) -> dict[str, Any]:
             file.with_suffix(".tmp").rename(file)
         tables.append(_join_metadata(pq.read_table(file), store, groups))
         w.progress("effects", number + 1, len(shards))
-        w.observe("effects", pa.concat_tables(tables))
+        w.observe(EFFECTS_SO_FAR, {"table": pa.concat_tables(tables)})
     pq.write_table(pa.concat_tables(tables), w.out / "effects.parquet")
     for file in w.out.glob("shard-*"):
         file.unlink()
