@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -400,7 +401,7 @@ def load(recipe: str | Path = "assay", settings: Mapping[str, Any] | None = None
         raise UserError(f"unknown recipe {str(recipe)!r}: {did_you_mean(str(recipe), recipes())} or give a .yaml file")
     try:
         tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"recipe {str(recipe)!r} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, Mapping):
         raise UserError(f"recipe {str(recipe)!r} must hold sections such as 'autoencoder:', got {type(tree).__name__}")
@@ -423,7 +424,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             raise UserError(f"--set takes a.b=v, got {pair!r}")
         try:
             settings[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # 2020-13-45 looks like a date
             raise UserError(f"--set {name.strip()}: {value!r} is not a YAML value; quote it") from None
     return settings
 
@@ -439,7 +440,7 @@ def describe(e: Experiment) -> str:
             text = f"  {f.name}: {value.strip().removesuffix('...').strip()}"
             choices = f.metadata.get("choices")
             doc = f.metadata["doc"] + (f" ({' | '.join(choices)})" if choices else "")
-            lines.append(f"{text:<44}# {doc}")
+            lines.append(f"{text:<43} # {doc}")
     return "\n".join(lines) + "\n"
 
 
@@ -471,8 +472,6 @@ def _check(kind: Any, value: Any, name: str, rules: Mapping[str, Any]) -> Any:
             value = [part.strip() for part in value.split(",") if part.strip()]
         if not isinstance(value, list | tuple):
             raise wrong(f"a list, e.g. --set {name}='[{'a, b' if args[0] is str else '1, 2'}]'")
-        if args[0] is str:
-            value = [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in value]
         return tuple(_check(args[0], v, name, rules) for v in value)  # bounds and words hold for every element
     if origin is dict:
         if not isinstance(value, Mapping):
@@ -483,6 +482,8 @@ def _check(kind: Any, value: Any, name: str, rules: Mapping[str, Any]) -> Any:
             raise wrong("true or false")
         return value
     if kind is str:
+        if isinstance(value, int | float) and not isinstance(value, bool):  # a class called 1
+            value = str(value)
         if not isinstance(value, str):
             raise wrong("a word")
         if rules.get("choices") and value not in rules["choices"]:
@@ -493,7 +494,7 @@ def _check(kind: Any, value: Any, name: str, rules: Mapping[str, Any]) -> Any:
             value = float(value)
         except ValueError:
             raise wrong("a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise wrong("a number")
     if kind is int:
         if float(value) != int(value):

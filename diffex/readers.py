@@ -24,6 +24,7 @@ from diffex.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_CHANNELS = 5
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how TIFF and BigTIFF files begin
 ASSAY_CHANNELS = ("DNA", "tubulin", "actin")  # of the simulated assay, where none are asked for
 
 
@@ -191,12 +192,12 @@ def decode(content: bytes, name: str) -> NDArray:
         UserError: unreadable, empty, too many channels, or NaN pixels; the message names the image.
     """
     try:
-        image = _decode_tiff(content) if content[:4] in (b"II*\0", b"MM\0*") else _decode_other(content)
+        image = _decode_tiff(content) if content[:4] in TIFF else _decode_other(content)
     except UserError:
         raise
     except Image.DecompressionBombError:
         raise UserError(f"{name}: the header announces an absurdly large image; it was not opened") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, IndexError, KeyError, EOFError) as error:
+    except Exception as error:  # what a damaged file makes a decoder raise is anybody's guess
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "not a PNG, JPEG or TIFF file"

@@ -62,6 +62,8 @@ class Store:
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        if not isinstance(record, dict) or not {"files", "facts", "seconds"} <= record.keys():
+            return None
         if path not in self._verified:
             for name, expected in record["files"].items():
                 if not (path / name).is_file() or _sha256(path / name) != expected:
@@ -104,6 +106,7 @@ class Store:
                 if partial.exists():
                     (partial / "seconds").write_text(f"{seconds:.3f}")
             (partial / "seconds").unlink()
+            (partial / RECORD).unlink(missing_ok=True)  # of an attempt killed just before the renaming
             files = sorted(p for p in partial.rglob("*") if p.is_file())
             record: dict[str, Any] = {
                 "stage": stage, "digest": digest, "about": about or {}, "facts": facts, "seconds": round(seconds, 3),
