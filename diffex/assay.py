@@ -27,6 +27,7 @@ from diffex.errors import UserError
 Array = NDArray[np.float32]
 
 CHANNELS = ("DNA", "tubulin", "actin", "Golgi", "mitochondria")
+DEFAULT_CHANNELS = ("DNA", "tubulin", "actin")
 CONTROL = "DMSO"
 SIZES = (32, 128)
 CHUNK = 32  # images drawn at a time: at 32 px one float32 plane of a chunk fits the second-level cache
@@ -165,7 +166,7 @@ def planted_factors(treatments: Mapping[str, Mapping[str, float]], channels: Seq
 def plan(
     *,
     treatments: Mapping[str, Mapping[str, float]],
-    channels: Sequence[str] = ("DNA", "tubulin", "actin"),
+    channels: Sequence[str] = DEFAULT_CHANNELS,
     num_images: int = 4096,
     num_plates: int = 4,
     wells_per_class: int = 6,

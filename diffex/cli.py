@@ -104,8 +104,11 @@ def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
     """
     record = output / "identity.json"
     if record.is_file():
-        other = json.loads(record.read_text(encoding="utf-8"))
-        if other["digest"] != identity["digest"]:
+        try:
+            other = dict(json.loads(record.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise UserError(f"{str(record)!r} is damaged: remove it, or choose another --output") from None
+        if other.get("digest") != identity["digest"]:
             mine, theirs = identity["settings"], other.get("settings", {})
             changed = [k for k in mine if mine.get(k) != theirs.get(k)] or ["the search space or the version"]
             shown = ", ".join(
@@ -127,11 +130,11 @@ def _places(options: argparse.Namespace, name: str) -> tuple[Path, Path, str]:
 
     output = options.output or HOME / name
     shared = output if options.output else HOME
-    return (
-        output,
-        options.store or shared / "store",
-        absolute_uri(options.tracking_uri or f"sqlite:///{shared / 'mlflow.db'}"),
-    )
+    try:
+        uri = absolute_uri(options.tracking_uri or f"sqlite:///{shared / 'mlflow.db'}")
+    except OSError as error:  # a file where a folder must be, or no permission
+        raise UserError(f"can't make the folder {error.filename!r}: {error.strerror}; choose another place") from None
+    return output, options.store or shared / "store", uri
 
 
 # ----------------------------------------------------------------------------------------------------------------------

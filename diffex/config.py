@@ -8,6 +8,7 @@ them.  ``diffex config`` prints all of this with the documentation below.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -43,9 +44,7 @@ class Data:
 
     path: str | None = setting(None, "folder with one sub-folder per class, or Parquet file; null: the simulated assay")
     classes: tuple[str, ...] = setting((), "class names to use; empty: all")
-    channels: tuple[str, ...] = setting(
-        (), "channels to use, by name or number from 0; empty: all (assay: its default)"
-    )
+    channels: tuple[str, ...] = setting((), "channels to use, by name or number; empty: all (assay: its default)")
     channel_names: tuple[str, ...] = setting((), "names of the file's channels, in order; empty: as the file says")
     size: int = setting(32, "side of the images in pixels after cropping to a square and shrinking", low=8, high=1024)
     window: tuple[float, ...] = setting(
@@ -87,9 +86,7 @@ class Classifier:
     class_names: tuple[str, ...] = setting((), "classes in the order of its outputs; empty: the data's, sorted")
     input_low: float = setting(-1.0, "what the network expects for the darkest value")
     input_high: float = setting(1.0, "what the network expects for the brightest value")
-    input_size: int | None = setting(
-        None, "side in pixels that it expects; null: the size of the data", low=8, high=2048
-    )
+    input_size: int | None = setting(None, "side in pixels that it expects; null: the data's", low=8, high=2048)
     output: str = setting("logits", "what it returns", choices=("logits", "probabilities"))
     width: int = setting(24, "channels of the first level of the network trained here", low=4, high=512)
     images: int = setting(20_000, "images seen in training", low=64)
@@ -127,9 +124,7 @@ class Autoencoder:
     flips: bool = setting(False, "mirror images at random")
     lambda1: float = setting(3.0, "weight of the classifier term KL(p(x) || p(x_hat))", low=0.0)
     classifier_term: str = setting(
-        "one_step",
-        "x_hat is the one-step estimate, or comes from the last DDIM steps",
-        choices=("one_step", "truncated"),
+        "one_step", "x_hat: the one-step estimate, or from the last DDIM steps", choices=("one_step", "truncated")
     )
     truncated_steps: int = setting(2, "DDIM steps that the truncated term differentiates through", low=1, high=20)
 
@@ -139,9 +134,7 @@ class Rendering:
     """How a trained autoencoder turns images into x_T and back; changing this trains nothing anew."""
 
     inversion: str = setting(
-        "fixed_point",
-        "fixed_point solves each rendering step; ddim is the published one",
-        choices=("fixed_point", "ddim"),
+        "fixed_point", "fixed_point solves each step; ddim is the published one", choices=("fixed_point", "ddim")
     )
     iterations: int = setting(6, "fixed-point iterations a step", low=1, high=50)
     encode_steps: int = setting(50, "T_encode of the published inversion", low=1, high=1000)
@@ -161,9 +154,7 @@ class Directions:
     )
     explained_variance: float = setting(0.99, "variance of z that the whitened subspace holds", low=0.1, high=1.0)
     features: str = setting(
-        "image",
-        "what the projector sees of a shift: the code (published) or the image it makes",
-        choices=("code", "image"),
+        "image", "what the projector sees of a shift: the code (published) or its image", choices=("code", "image")
     )
     alpha: float = setting(2.0, "length of a shift in training, in standard deviations (raw: units of z)", low=1e-6)
     tau: float = setting(0.5, "factor of the similarity in the contrastive loss", low=1e-6)
@@ -247,7 +238,7 @@ class Experiment:
         for name, value in settings.items():
             section, _, key = name.partition(".")
             if section not in tree:
-                raise UserError(f"unknown setting {name!r}: {did_you_mean(section, tree)}")
+                raise UserError(f"unknown setting {name!r}: {_nearest(name)}")
             if not key:
                 raise UserError(
                     f"{name!r} is a section; name one of its settings, e.g. {name}.{next(iter(tree[name]))}"
@@ -448,6 +439,11 @@ def _nearest(name: str) -> str:
     """The nearest full dotted name: first within the section, then anywhere."""
     section, _, key = name.partition(".")
     every = [n for n in flat(Experiment()) if "." in n]
+    sections = {n.split(".")[0] for n in every}
+    if section not in sections:  # misspelt, or left out
+        same = [n for n in every if not key and n.endswith(f".{section}")]
+        near = difflib.get_close_matches(name, every, n=1)
+        return f"did you mean {(same or near)[0]!r}?" if same or near else did_you_mean(section, sections)
     here = [n.split(".", 1)[1] for n in every if n.startswith(section + ".")]
     hint = did_you_mean(key, here)
     if hint.startswith("did"):

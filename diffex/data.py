@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,6 +162,8 @@ def build_store(data: Data, simulated: Assay, out: Path, progress: Progress | No
     Raises:
         UserError: anything the user must mend, naming the file, row or setting.
     """
+    if data.path is None:  # as the warnings about settings without effect say
+        data = replace(data, window=(), channel_names=())
     source = open_source(data, simulated)
     rows, class_names = _choose(source, data)
     split_by = _split_columns(source, data)
@@ -267,7 +269,7 @@ def _pick_channels(source: Source, data: Data, depth: int) -> tuple[list[int], t
     for channel in data.channels:
         if channel in names:
             columns.append(names.index(channel))
-        elif channel.isdigit() and int(channel) < depth:
+        elif channel.isdecimal() and int(channel) < depth:
             columns.append(int(channel))
         else:
             raise UserError(

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffex import stages
+from diffex import assay, stages
 from diffex.classifier import is_given
 from diffex.compute import Compute
 from diffex.config import Experiment, digest, from_dict, to_dict
@@ -27,7 +27,6 @@ from diffex.data import Progress
 from diffex.directions import DirectionSet, needs_responses
 from diffex.errors import UserError, did_you_mean
 from diffex.explain import Explainer
-from diffex.readers import ASSAY_CHANNELS
 from diffex.store import Entry, Store
 from diffex.version import __version__
 
@@ -70,7 +69,7 @@ def _seeded(e: Experiment, *settings: Any) -> dict[str, Any]:
 
 def _uses_data(e: Experiment) -> Any:
     if e.data.path is None:
-        channels = e.data.channels or ASSAY_CHANNELS  # asking for the default by name is the same data
+        channels = e.data.channels or assay.DEFAULT_CHANNELS  # asking for the default by name is the same data
         return [to_dict(e.data) | {"channels": channels}, to_dict(e.assay)]
     return [_leave(e.data, "path"), fingerprint(Path(e.data.path))]
 

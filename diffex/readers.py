@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +26,6 @@ from diffex.errors import UserError
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_CHANNELS = 5
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how TIFF and BigTIFF files begin
-ASSAY_CHANNELS = ("DNA", "tubulin", "actin")  # of the simulated assay, where none are asked for
 
 
 class Source(Protocol):
@@ -119,9 +119,11 @@ class ParquetSource:
         kind = schema.field("image").type
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise UserError(f"column 'image' of {str(path)!r} must hold encoded bytes (PNG, JPEG, TIFF), not {kind}")
-        table = self.file.read(columns=[n for n in schema.names if n != "image"])
-        stored = (schema.metadata or {}).get(b"class_names")
-        self.class_names = _class_names(table, json.loads(stored) if stored else None, self.name)
+        try:
+            table = self.file.read(columns=[n for n in schema.names if n != "image"])
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error) from None
+        self.class_names = _class_names(table, _stored_names(schema.metadata or {}), self.name)
         self.metadata = {
             n if n.startswith("Metadata_") else f"Metadata_{n}": table[n].to_numpy(zero_copy_only=False)
             for n in table.column_names
@@ -130,8 +132,7 @@ class ParquetSource:
 
     def images(self, rows: Sequence[int], size: int) -> Iterator[tuple[str, NDArray]]:
         wanted, first = np.asarray(rows), 0
-        for batch in self.file.iter_batches(batch_size=256, columns=["image"]):
-            column = batch.column(0)
+        for column in self._columns():
             here = wanted[(wanted >= first) & (wanted < first + len(column))]
             for row in here:
                 name = f"{self.path} row {row}"
@@ -141,12 +142,23 @@ class ParquetSource:
                 yield name, decode(content, name)
             first += len(column)
 
+    def _columns(self) -> Iterator[pa.Array]:
+        """The image column, a batch at a time."""
+        try:
+            for batch in self.file.iter_batches(batch_size=256, columns=["image"]):
+                yield batch.column(0)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"{self.name!r} is damaged: {str(error).splitlines()[0]}; make it again (data.path)")
+
 
 class AssaySource:
     """The simulated assay: metadata carry the true factors, and pixels are drawn on demand at the size asked for."""
 
     def __init__(self, settings: Assay, channels: Sequence[str] = ()) -> None:
-        self.name, self.channels = "simulated assay", tuple(channels) or ASSAY_CHANNELS
+        self.name, self.channels = "simulated assay", tuple(channels) or assay.DEFAULT_CHANNELS
         self.plan = assay.plan(
             treatments=settings.treatments or assay.DESIGNS[settings.design], channels=self.channels,
             num_images=settings.num_images, num_plates=settings.num_plates, wells_per_class=settings.wells_per_class,
@@ -164,7 +176,16 @@ class AssaySource:
                 yield f"cell {next(order)}", image.transpose(1, 2, 0)
 
 
-def _class_names(table: pa.Table, stored: list[str] | None, source: str) -> NDArray[np.str_]:
+def _stored_names(metadata: Mapping[bytes, bytes]) -> list[str]:
+    """Names of the labels, where the file's metadata hold a JSON list of them."""
+    try:
+        names = json.loads(metadata.get(b"class_names", b"[]"))
+    except ValueError:
+        names = []
+    return names if isinstance(names, list) else []
+
+
+def _class_names(table: pa.Table, stored: list[str], source: str) -> NDArray[np.str_]:
     """Class name of each row: the column ``class_name``, else ``label`` (named by ``stored`` where it is given)."""
     if "class_name" in table.column_names:
         names = table["class_name"].to_pylist()
@@ -178,7 +199,8 @@ def _class_names(table: pa.Table, stored: list[str] | None, source: str) -> NDAr
     labels = table["label"].to_pylist()
     if None in labels:
         raise UserError(f"{source}: column 'label' is empty in row {labels.index(None)}")
-    return np.array([str(stored[v]) if stored and isinstance(v, int) and v < len(stored) else str(v) for v in labels])
+    known = dict(enumerate(stored))
+    return np.array([str(known.get(v, v)) if isinstance(v, int) else str(v) for v in labels])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,13 +249,18 @@ def _decode_other(content: bytes) -> NDArray:
 def _decode_tiff(content: bytes) -> NDArray:
     import tifffile
 
-    pixels = np.asarray(tifffile.imread(io.BytesIO(content)))
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is told once, in one line
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        pixels = np.asarray(file.asarray())
+        alpha = pixels.ndim == 3 and any(sample in (1, 2) for sample in file.pages.first.extrasamples)
+    if alpha:
+        pixels = pixels[..., :-1]
     pixels = pixels.squeeze() if pixels.ndim > 3 else pixels
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3:
         raise ValueError(f"a TIFF of shape {pixels.shape}; expected one plane, or up to {MAX_CHANNELS} channels")
-    if pixels.shape[2] > MAX_CHANNELS and pixels.shape[0] <= MAX_CHANNELS:
+    if pixels.shape[2] > MAX_CHANNELS and pixels.shape[0] < pixels.shape[2]:  # channels first
         pixels = pixels.transpose(1, 2, 0)
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * np.uint8(255)
