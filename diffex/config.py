@@ -147,8 +147,12 @@ class Directions:
     """Stage 2: K directions in the code."""
 
     num_directions: int = setting(8, "K", low=1, high=1000)
-    kind: str = setting("mlp", "direction model D_k(z)", choices=("mlp", "linear", "fixed"))
-    depth: int = setting(3, "layers of the mlp", low=1, high=8)
+    kind: str = setting(
+        "anchored",
+        "direction model D_k(z); mlp: published; anchored: an mlp around a common shift",
+        choices=("anchored", "mlp", "linear", "fixed"),
+    )
+    depth: int = setting(2, "layers of the mlp (published: 3)", low=1, high=8)
     space: str = setting(
         "whitened", "where directions live; raw is published", choices=("whitened", "standardised", "raw")
     )
@@ -158,6 +162,7 @@ class Directions:
     )
     alpha: float = setting(2.0, "length of a shift in training, in standard deviations (raw: units of z)", low=1e-6)
     tau: float = setting(0.5, "factor of the similarity in the contrastive loss", low=1e-6)
+    signed: bool = setting(True, "a direction pushes all images the same way; published: false")
     lambda2: float = setting(1.0, "weight of the covariance regularisation", low=0.0)
     covariance: str = setting(
         "image",
@@ -317,7 +322,7 @@ def idle_settings(e: Experiment) -> list[str]:
         idle(["autoencoder.truncated_steps"], "the classifier term is not the truncated one")
     if e.directions.space != "whitened":
         idle(["directions.explained_variance"], f"directions.space = {e.directions.space} keeps every dimension")
-    if e.directions.kind != "mlp":
+    if e.directions.kind in ("linear", "fixed"):
         idle(["directions.depth"], f"directions.kind = {e.directions.kind} has one layer")
     return warnings
 
@@ -385,9 +390,9 @@ def load(recipe: str | Path = "assay", settings: Mapping[str, Any] | None = None
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"there is no recipe file {str(path)!r}")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()  # YAML finds the encoding
     elif str(recipe) in recipes():
-        text = (resources.files("diffex") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("diffex") / "recipes" / f"{recipe}.yaml").read_bytes()
     else:
         raise UserError(f"unknown recipe {str(recipe)!r}: {did_you_mean(str(recipe), recipes())} or give a .yaml file")
     try:
@@ -428,7 +433,7 @@ def describe(e: Experiment) -> str:
         lines.append(f"{section.name}:  # {(type(part).__doc__ or '').strip()}")
         for f in fields(part):
             value = yaml.safe_dump(to_dict(part)[f.name], default_flow_style=True, allow_unicode=True, width=10_000)
-            text = f"  {f.name}: {value.strip().removesuffix('...').strip()}"
+            text = f"  {f.name}: {value.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
             choices = f.metadata.get("choices")
             doc = f.metadata["doc"] + (f" ({' | '.join(choices)})" if choices else "")
             lines.append(f"{text:<43} # {doc}")

@@ -97,15 +97,15 @@ class DirectionModels(nn.Module):
     Args:
         num: K.
         dim: r.
-        kind: 'mlp' (linear, batch normalisation, ReLU; last layer linear without bias), 'linear', or 'fixed' (the same
-            shift for every image).
+        kind: 'mlp' (linear, batch normalisation, ReLU; last layer linear without bias), 'linear', 'fixed' (the same
+            shift for every image), or 'anchored' (a shift for every image, and an mlp that bends it).
         depth: layers of the mlp.
     """
 
     def __init__(self, num: int, dim: int, *, kind: str = "mlp", depth: int = 3) -> None:
         super().__init__()
         self.kind, self.num, self.dim = kind, num, dim
-        layers = {"mlp": depth, "linear": 1, "fixed": 0}[kind]
+        layers = {"mlp": depth, "anchored": depth, "linear": 1, "fixed": 0}[kind]
         bound = dim**-0.5
 
         def uniform(*shape: int) -> nn.Parameter:
@@ -115,11 +115,11 @@ class DirectionModels(nn.Module):
         biased = 1 if kind == "linear" else max(layers - 1, 0)
         self.biases = nn.ParameterList([uniform(num, dim) for _ in range(biased)])
         self.norms = nn.ModuleList([nn.BatchNorm1d(num * dim) for _ in range(layers - 1)])
-        self.fixed = nn.Parameter(torch.randn(num, dim)) if kind == "fixed" else None
+        self.anchor = nn.Parameter(torch.randn(num, dim)) if kind in ("fixed", "anchored") else None
 
     def forward(self, v: Tensor) -> Tensor:
-        if self.fixed is not None:
-            return self.fixed[:, None].expand(-1, len(v), -1)
+        if self.anchor is not None and self.kind == "fixed":
+            return self.anchor[:, None].expand(-1, len(v), -1)
         h = v[None].expand(self.num, -1, -1)
         for layer, weight in enumerate(self.weights):
             h = torch.einsum("kbi,koi->kbo", h, weight)
@@ -129,7 +129,7 @@ class DirectionModels(nn.Module):
                 # One normalisation for each direction and feature: fold K into the features.
                 h = self.norms[layer](h.transpose(0, 1).reshape(len(v), -1)).view(len(v), self.num, -1).transpose(0, 1)
                 h = F.relu(h)
-        return h
+        return h if self.anchor is None else h + self.anchor[:, None]
 
     def unit(self, v: Tensor) -> Tensor:
         """Unit shifts u (K, B, r) at coordinates v (B, r)."""
@@ -151,16 +151,21 @@ def projector(dim: int, out: int | None = None, hidden: int | None = None) -> nn
 # The losses
 
 
-def contrastive_loss(features: Tensor, tau: float = 0.5) -> Tensor:
+def contrastive_loss(features: Tensor, tau: float = 0.5, *, signed: bool = False) -> Tensor:
     """LatentCLR's loss on unit features (K, B, e): the same direction on different images attracts, others repel.
 
-    In [-tau, tau]; perfect separation gives -tau.  Source: Yuksel et al. 2021, section 3; the modulus is DiffEx's.
+    Perfect separation gives -tau.  Source: Yuksel et al. 2021, section 3; the modulus is DiffEx's.
+
+    Args:
+        signed: whether opposite features of the same direction repel; with the published modulus they attract, so a
+            direction may push half of the images the other way.
     """
     k, b, _ = features.shape
     f = features.reshape(k * b, -1)
-    similarity = torch.exp(tau * (f @ f.T).abs())
     label = torch.arange(k, device=f.device).repeat_interleave(b)
     same = label[:, None] == label[None, :]
+    cosine = f @ f.T
+    similarity = torch.exp(tau * (torch.where(same, cosine, cosine.abs()) if signed else cosine.abs()))
     itself = torch.eye(k * b, dtype=torch.bool, device=f.device)
     attract = similarity.masked_fill(~same | itself, 0).sum(1) / (b - 1)
     if k == 1:
@@ -285,7 +290,7 @@ class Objective:
                 still = self.projector(v)
             f = self.projector((v + s.alpha * u).reshape(k * b, -1)).view(k, b, -1) - still
         f = F.normalize(f, dim=-1)
-        contrastive = contrastive_loss(f, s.tau)
+        contrastive = contrastive_loss(f, s.tau, signed=s.signed)
         if s.covariance == "image":
             assert change is not None
             covariance = pairwise_overlap(change.abs())
@@ -349,8 +354,8 @@ class DirectionSet(nn.Module):
     def fixed(cls, vectors: Tensor, subspace: Subspace) -> DirectionSet:
         """Directions that are the same for every image: vectors (K, r) in coordinates of the subspace."""
         models = DirectionModels(len(vectors), subspace.rank, kind="fixed")
-        assert models.fixed is not None
-        models.fixed.data.copy_(vectors)
+        assert models.anchor is not None
+        models.anchor.data.copy_(vectors)
         return cls(models, subspace)
 
     def __len__(self) -> int:

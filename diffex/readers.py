@@ -25,6 +25,7 @@ from diffex.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_CHANNELS = 5
+MAX_VALUES = 1 << 28  # in one image; more is a damaged header
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how TIFF and BigTIFF files begin
 
 
@@ -125,7 +126,9 @@ class ParquetSource:
             raise self._damaged(error) from None
         self.class_names = _class_names(table, _stored_names(schema.metadata or {}), self.name)
         self.metadata = {
-            n if n.startswith("Metadata_") else f"Metadata_{n}": table[n].to_numpy(zero_copy_only=False)
+            n if n.startswith("Metadata_") else f"Metadata_{n[:1].upper()}{n[1:]}": table[n].to_numpy(
+                zero_copy_only=False
+            )
             for n in table.column_names
             if n not in ("label", "class_name")
         }
@@ -251,6 +254,8 @@ def _decode_tiff(content: bytes) -> NDArray:
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is told once, in one line
     with tifffile.TiffFile(io.BytesIO(content)) as file:
+        if file.series and file.series[0].size > MAX_VALUES:
+            raise Image.DecompressionBombError
         pixels = np.asarray(file.asarray())
         alpha = pixels.ndim == 3 and any(sample in (1, 2) for sample in file.pages.first.extrasamples)
     if alpha:
