@@ -113,9 +113,7 @@ class Autoencoder:
     prediction: str = setting("v", "what the U-Net's output stands for (eps: published)", choices=("v", "eps"))
     weighting: str = setting("v", "loss weight over time: simple is eps error (published)", choices=("v", "simple"))
     images: int = setting(36_000, "images seen in training, warm-up included", low=32)
-    warmup_fraction: float = setting(
-        0.8, "share of the training before the classifier term starts; trials share it", low=0.0, high=1.0
-    )
+    warmup_fraction: float = setting(0.8, "share trained without classifier term; trials share it", low=0.0, high=1.0)
     batch_size: int = setting(32, "images a step", low=2)
     learning_rate: float = setting(2e-3, "peak learning rate of Adam; linear rise, cosine fall", low=0.0)
     beta2: float = setting(0.99, "second-moment decay of Adam", low=0.5, high=0.9999)
@@ -133,9 +131,7 @@ class Autoencoder:
 class Rendering:
     """How a trained autoencoder turns images into x_T and back; changing this trains nothing anew."""
 
-    inversion: str = setting(
-        "fixed_point", "fixed_point solves each step; ddim is the published one", choices=("fixed_point", "ddim")
-    )
+    inversion: str = setting("fixed_point", "ddim is the published one", choices=("fixed_point", "ddim"))
     iterations: int = setting(6, "fixed-point iterations a step", low=1, high=50)
     encode_steps: int = setting(50, "T_encode of the published inversion", low=1, high=1000)
     steps: int = setting(10, "T_render, DDIM steps of rendering (and of fixed-point inversion)", low=2, high=1000)
@@ -148,14 +144,10 @@ class Directions:
 
     num_directions: int = setting(8, "K", low=1, high=1000)
     kind: str = setting(
-        "anchored",
-        "direction model D_k(z); mlp: published; anchored: an mlp around a common shift",
-        choices=("anchored", "mlp", "linear", "fixed"),
+        "anchored", "D_k(z): mlp is published; anchored bends one shift", choices=("anchored", "mlp", "linear", "fixed")
     )
     depth: int = setting(2, "layers of the mlp (published: 3)", low=1, high=8)
-    space: str = setting(
-        "whitened", "where directions live; raw is published", choices=("whitened", "standardised", "raw")
-    )
+    space: str = setting("whitened", "where they live; raw is published", choices=("whitened", "standardised", "raw"))
     explained_variance: float = setting(0.99, "variance of z that the whitened subspace holds", low=0.1, high=1.0)
     features: str = setting(
         "image", "what the projector sees of a shift: the code (published) or its image", choices=("code", "image")
@@ -165,10 +157,9 @@ class Directions:
     signed: bool = setting(True, "a direction pushes all images the same way; published: false")
     lambda2: float = setting(1.0, "weight of the covariance regularisation", low=0.0)
     covariance: str = setting(
-        "image",
-        "what is decorrelated: change maps, unit shifts, projected features, or as in the reference code",
+        "image", "what is decorrelated: change maps, unit shifts, projected features, or as in the reference code",
         choices=("image", "shifts", "features", "published"),
-    )
+    )  # fmt: skip
     lambda3: float = setting(0.3, "weight of the largest share of the classifier's change (published: 0)", low=0.0)
     response_images: int = setting(192, "images around which the image's response is measured", low=8)
     images: int = setting(16_000, "codes seen in training", low=16)
@@ -497,12 +488,9 @@ def _check(kind: Any, value: Any, name: str, rules: Mapping[str, Any]) -> Any:
             raise wrong("a number") from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise wrong("a number")
-    if kind is int:
-        if float(value) != int(value):
-            raise wrong("a whole number")
-        value = int(value)
-    else:
-        value = float(value)
+    if kind is int and float(value) != int(value):
+        raise wrong("a whole number")
+    value = int(value) if kind is int else float(value)
     low, high = rules.get("low"), rules.get("high")
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
