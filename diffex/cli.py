@@ -199,7 +199,8 @@ def _show_data(outcome: Any, output: Path) -> None:
         rows = {name: ((store.batch((store.labels == i).nonzero()[0][:12]).x + 1) * 127.5).byte().numpy()
                 for i, name in enumerate(store.info.class_names)}  # fmt: skip
     picture = save_figure(image_grid(rows, store.info.channels, "Images of each class"), output / "contact-sheet.png")
-    print(f"split by {' and '.join(facts['split_by']) or 'image'}; contact sheet: {picture}")
+    units = " and ".join(n.removeprefix("Metadata_").lower() for n in facts["split_by"]) or "image"
+    print(f"split by {units}; contact sheet: {picture}")
 
 
 def _show_fit(outcome: Any) -> None:

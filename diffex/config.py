@@ -179,9 +179,8 @@ class Ranking:
         (), "shift lengths in standard deviations, both signs, to be tried besides the reference length", low=1e-6
     )
     top: int = setting(5, "directions to report, M", low=1)
-    explained_at: float | None = setting(
-        None, "effect at which a direction explains an image, which later ones need not; null: its mean effect", low=0.0
-    )
+    order: str = setting("effect", "by effect on all images; greedy: AttFind (published)", choices=("effect", "greedy"))
+    explained_at: float | None = setting(None, "greedy: effect that explains an image; null: the mean effect", low=0.0)
     confidence: float = setting(0.95, "level of the intervals", low=0.5, high=0.999)
     bootstrap: int = setting(1000, "bootstrap draws (of wells where there are wells)", low=50)
 
@@ -313,6 +312,8 @@ def idle_settings(e: Experiment) -> list[str]:
         idle(["autoencoder.truncated_steps"], "the classifier term is not the truncated one")
     if e.directions.space != "whitened":
         idle(["directions.explained_variance"], f"directions.space = {e.directions.space} keeps every dimension")
+    if e.ranking.order == "effect":
+        idle(["ranking.explained_at"], "ranking.order = effect needs no threshold")
     if e.directions.kind in ("linear", "fixed"):
         idle(["directions.depth"], f"directions.kind = {e.directions.kind} has one layer")
     return warnings

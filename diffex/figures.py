@@ -6,6 +6,7 @@ large enough to see a cell.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
@@ -121,7 +123,7 @@ def traversal(
         target_index: column of the target in ``probs``.
     """
     n, steps = images.shape[:2]
-    left, top, gap = 0.35, 1.05, 0.22
+    left, top, gap = 0.35, 1.25, 0.22
     figure = Figure(figsize=(left + steps * TILE + 0.1, top + n * (TILE + gap) + 0.05))
     gain = _gain(images, channels)
     grid = _tiles(figure, n, steps, left, top, gap)
@@ -141,10 +143,14 @@ def traversal(
                 axes.set_title(
                     "reconstruction" if alphas[c] == 0 else f"{alphas[c]:+.0f} sd", fontsize=8, color=INK, pad=3
                 )
-    figure.text(0.1 / width, 1 - 0.2 / height, title, fontsize=10.5, color=INK, va="center", weight="bold")
+    room = int((width - 0.2) / 0.105)  # characters of the bold title that fit
+    for line, text in enumerate(textwrap.wrap(title, room)[:2]):
+        figure.text(
+            0.1 / width, 1 - (0.2 + 0.2 * line) / height, text, fontsize=10, color=INK, va="center", weight="bold"
+        )
     note = f"cells of {source}; under each the classifier's p({target}); red frame: classified as {target}"
-    figure.text(0.1 / width, 1 - 0.72 / height, note, fontsize=8, color=SOFT, va="center")
-    _legend(figure, channels, 0.1, 0.47)
+    figure.text(0.1 / width, 1 - 0.92 / height, note, fontsize=8, color=SOFT, va="center")
+    _legend(figure, channels, 0.1, 0.67)
     return figure
 
 
@@ -217,15 +223,18 @@ def curves(histories: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]])
     grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axes, (stage, loss) in zip(grid, panels, strict=False):
         for name, history in histories[stage].items():
-            points = [(p["images"], p[loss]) for p in history if loss in p]
+            points = [(p["images"] / 1000, p[loss]) for p in history if loss in p]
             if points:
                 axes.plot(*zip(*points, strict=True), lw=1.1, label=name)
         axes.set_title(f"{stage}: {loss}", fontsize=9)
-        axes.set_xlabel("images", fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.set_xlabel("thousand images", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(labelsize=7, which="both")
         axes.grid(alpha=0.25)
         if loss in ("simple", "loss", "classifier"):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     if len(histories) and max(len(t) for t in histories.values()) <= 8:
@@ -247,8 +256,14 @@ def settings_effect(rows: Sequence[Mapping[str, Any]], settings: Sequence[str], 
             axes.scatter(x, [float(r[measure]) for r in rows], s=26, color=GOOD, alpha=0.8)
             axes.grid(alpha=0.25)
             axes.tick_params(labelsize=7)
-            if numeric and x.min() > 0 and x.max() / x.min() > 20:
+            if numeric and x.min() > 0 and x.max() / x.min() > 10:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            elif numeric and len(set(values)) <= 5:
+                axes.set_xticks(sorted({float(v) for v in x}))
+                axes.margins(x=0.2)
             if not numeric:
                 axes.set_xticks(range(len(names)), [n.replace(",", "\n") for n in names], fontsize=6.5)
                 axes.set_xlim(-0.5, len(names) - 0.5)

@@ -152,13 +152,20 @@ def greedy_selection(
 
 
 def rank(
-    table: pa.Table, source: str, target: str, *, top: int = 5, explained_at: float | None = None,
-    confidence: float = 0.95, draws: int = 1000, seed: int = 0,
+    table: pa.Table, source: str, target: str, *, order: str = "greedy", top: int = 5,
+    explained_at: float | None = None, confidence: float = 0.95, draws: int = 1000, seed: int = 0,
 ) -> pa.Table:  # fmt: skip
     """Rank the learned directions by how much they move the classifier from ``source`` towards ``target``.
 
-    First the greedy choices (each explains images that the earlier ones do not), then the others by mean effect; each
-    with the sign that helps more.  All at the reference length: no longer than the class-mean difference.
+    All at the reference length: no longer than the class-mean difference; each direction with the sign that helps more.
+
+    Args:
+        table: effects table.
+        source, target: class names.
+        order: 'effect' ranks by mean effect over all images.  'greedy' is AttFind's: each direction is the best one on
+            the images that the earlier ones do not explain, however few; then the others by mean effect.
+        top, explained_at: of the greedy choice.
+        confidence, draws, seed: of the intervals.
 
     Returns:
         One row per learned direction: ``rank, direction, sign, chosen_by``; ``n`` images and ``units``; mean ``effect``
@@ -169,18 +176,18 @@ def rank(
     """
     a = arrays(table, "learned", source, target)
     null = null_arrays(table, source, target)
-    greedy, _ = greedy_selection(a.effect, top, explained_at)
-    order = [(g.direction, g.sign, "greedy") for g in greedy]
-    taken = {k for k, _, _ in order}
+    greedy = greedy_selection(a.effect, top, explained_at)[0] if order == "greedy" else []
+    ranked = [(g.direction, g.sign, "greedy") for g in greedy]
+    taken = {k for k, _, _ in ranked}
     mean = a.effect.mean(axis=0)
     rest = [k for k in range(a.effect.shape[1]) if k not in taken]
     rest.sort(key=lambda k: -mean[k].max())
-    order += [(k, int(mean[k].argmax()), "mean effect") for k in rest]
+    ranked += [(k, int(mean[k].argmax()), "mean effect") for k in rest]
     rows = [
         {"rank": m + 1, "direction": k, "sign": SIGNS[s], "chosen_by": by, "source": source, "target": target,
          **_statistics(a, a.effect[:, k, s], a.flips[:, k, s], null, confidence, draws, seed),
          **{name: float(values[:, k, s].mean()) for name, values in a.extra.items()}}
-        for m, (k, s, by) in enumerate(order)
+        for m, (k, s, by) in enumerate(ranked)
     ]  # fmt: skip
     return pa.Table.from_pylist(rows)
 

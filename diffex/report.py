@@ -131,7 +131,6 @@ def headline(top: Sequence[Mapping[str, Any]]) -> list[str]:
     truth = {
         "planted": "on the simulated assay this is a planted phenotype",
         "decoy": "on the simulated assay this is a decoy",
-        "nothing": "no factor of the simulated assay moves by half a standard deviation",
     }
     lines = []
     for r in top:
@@ -140,7 +139,7 @@ def headline(top: Sequence[Mapping[str, Any]]) -> list[str]:
             f"Direction {r['direction']}{_plus(r)}: {r['words']}; flips {100 * r['flip_rate']:.0f} % {interval} of "
             f"{r['flip_n']} cells of {r['source']} to {r['target']}, null {100 * r['null_flip_rate']:.0f} %"
         )
-        lines.append(f"{text}; {truth[r['truth']]}." if r.get("truth") else f"{text}.")
+        lines.append(f"{text}; {truth[r['truth']]}." if r.get("truth") in truth else f"{text}.")
     return lines
 
 
@@ -189,6 +188,7 @@ def write_report(
         traversals=[_embed(p) for p in sorted(folder.glob("traversal-*.png"), key=_number)],
         ranking=_embed(folder / "ranking.png"), reconstruction=_embed(folder / "reconstruction.png"),
         overview={caption: _embed(p) for caption, p in figures_of_all.items()}, rows=ordered, front=front,
+        units=" and ".join(n.removeprefix("Metadata_").lower() for n in facts["split_by"]) or "image",
         settings=settings, columns=columns, metrics=METRICS, experiment=describe(experiment), facts=facts,
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")

@@ -139,7 +139,7 @@ def _explain_pair(
 ) -> tuple[dict[str, float], pa.Table, EffectArrays]:
     r = e.ranking
     options: dict[str, Any] = {"confidence": r.confidence, "draws": r.bootstrap, "seed": e.run.seed}
-    ranking = rank(table, source, target, top=r.top, explained_at=r.explained_at, **options)
+    ranking = rank(table, source, target, order=r.order, top=r.top, explained_at=r.explained_at, **options)
     a = arrays(table, "learned", source, target)
     first = ranking.slice(0, 1).to_pylist()[0]
     top = ranking.slice(0, r.top).to_pylist()

@@ -1,4 +1,4 @@
-"""The command: every verb explains itself with a working example, prints settings that read back, and plans for free."""
+"""The command: every verb explains itself by a working example, prints settings that read back, and plans for free."""
 
 import shlex
 from pathlib import Path

@@ -310,7 +310,6 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, damage: str) -> N
         DiffusionAutoencoder.load(tmp_path, RENDERING, CPU)
 
 
-@pytest.mark.xfail(strict=True, reason="load lets the errors of the JSON and safetensors readers through")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_file_that_is_no_model_is_named(tmp_path: Path, name: str) -> None:
     autoencoder().save(tmp_path)
