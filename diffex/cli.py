@@ -189,7 +189,7 @@ def _run_verb(options: argparse.Namespace) -> int:
 def _show_data(outcome: Any, output: Path) -> None:
     from diffex.data import ImageStore
     from diffex.figures import image_grid
-    from diffex.report import save_figure
+    from diffex.report import save_figure, unit_words
 
     store, facts = ImageStore(outcome["data"].path), outcome["data"].facts
     for part, counts in facts["counts"].items():
@@ -199,8 +199,7 @@ def _show_data(outcome: Any, output: Path) -> None:
         rows = {name: ((store.batch((store.labels == i).nonzero()[0][:12]).x + 1) * 127.5).byte().numpy()
                 for i, name in enumerate(store.info.class_names)}  # fmt: skip
     picture = save_figure(image_grid(rows, store.info.channels, "Images of each class"), output / "contact-sheet.png")
-    units = " and ".join(n.removeprefix("Metadata_").lower() for n in facts["split_by"]) or "image"
-    print(f"split by {units}; contact sheet: {picture}")
+    print(f"split by {unit_words(facts)}; contact sheet: {picture}")
 
 
 def _show_fit(outcome: Any) -> None:

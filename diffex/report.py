@@ -147,6 +147,11 @@ def _plus(ranked: Mapping[str, Any]) -> str:
     return "+" if ranked["sign"] > 0 else "−"
 
 
+def unit_words(facts: Mapping[str, Any]) -> str:
+    """What is kept together in one part and resampled as a whole: 'plate and well'; 'image' where nothing is."""
+    return " and ".join(name.removeprefix("Metadata_").lower() for name in facts["split_by"]) or "image"
+
+
 COLUMNS = (
     "flip_rate", "disentanglement", "ssim", "score", "agreement", "gate.swapped", "gate.random", "null.flip_rate",
     "class_mean.flip_rate", "directions.effective_rank", "recovery.moved", "recovery.recovered", "cost.seconds_paid",
@@ -188,7 +193,7 @@ def write_report(
         traversals=[_embed(p) for p in sorted(folder.glob("traversal-*.png"), key=_number)],
         ranking=_embed(folder / "ranking.png"), reconstruction=_embed(folder / "reconstruction.png"),
         overview={caption: _embed(p) for caption, p in figures_of_all.items()}, rows=ordered, front=front,
-        units=" and ".join(n.removeprefix("Metadata_").lower() for n in facts["split_by"]) or "image",
+        units=unit_words(facts),
         settings=settings, columns=columns, metrics=METRICS, experiment=describe(experiment), facts=facts,
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")

@@ -28,7 +28,7 @@ from diffex.directions import (
 )
 from diffex.errors import UserError
 
-KINDS = pytest.mark.parametrize("kind", ["mlp", "linear", "fixed"])
+KINDS = pytest.mark.parametrize("kind", ["anchored", "mlp", "linear", "fixed"])
 
 
 @pytest.fixture(autouse=True)
@@ -160,10 +160,19 @@ def test_shifts_have_unit_length(kind: str) -> None:
     assert torch.allclose(u.norm(dim=-1), torch.ones(4, 16), atol=1e-5)
 
 
-def test_every_image_is_shifted_however_few_the_dimensions() -> None:
-    models = DirectionModels(4, 3, kind="mlp")
-    u = models.unit(torch.randn(1000, 3))
-    assert torch.allclose(u.norm(dim=-1), torch.ones(4, 1000), atol=1e-5)
+def test_anchored_directions_shift_every_image_however_few_the_dimensions() -> None:
+    """A narrow published mlp leaves some images where they are: those for which all its hidden units are dead."""
+    v = torch.randn(1000, 3)
+    lengths = {kind: DirectionModels(4, 3, kind=kind).unit(v).norm(dim=-1) for kind in ("anchored", "mlp")}
+    assert torch.allclose(lengths["anchored"], torch.ones(4, 1000), atol=1e-5)
+    assert lengths["mlp"].min() == 0.0
+
+
+def test_an_anchored_direction_bends_one_shift() -> None:
+    models, v = DirectionModels(2, 5, kind="anchored", depth=2), torch.randn(16, 5)
+    plain = DirectionModels(2, 5, kind="mlp", depth=2)
+    plain.load_state_dict({name: value for name, value in models.state_dict().items() if name != "anchor"})
+    assert torch.allclose(models(v), plain(v) + models.anchor[:, None], atol=1e-6)
 
 
 @KINDS
@@ -177,7 +186,7 @@ def test_fixed_directions_do_not_depend_on_the_code() -> None:
     assert (u == u[:, :1]).all()
 
 
-@pytest.mark.parametrize("kind", ["mlp", "linear"])
+@pytest.mark.parametrize("kind", ["anchored", "mlp", "linear"])
 def test_conditional_directions_depend_on_the_code(kind: str) -> None:
     u = DirectionModels(2, 5, kind=kind).unit(torch.randn(16, 5))
     assert (u - u[:, :1])[:, 1:].abs().amax(dim=-1).min() > 1e-3
@@ -359,7 +368,15 @@ def test_pushing_images_apart_is_no_share_of_the_verdict() -> None:
 # The objective
 
 PUBLISHED = Directions(
-    num_directions=3, space="raw", features="code", signed=False, covariance="published", lambda3=0.0, alpha=0.1
+    num_directions=3,
+    kind="mlp",
+    depth=3,
+    space="raw",
+    features="code",
+    signed=False,
+    covariance="published",
+    lambda3=0.0,
+    alpha=0.1,
 )
 OURS = Directions(num_directions=3)
 
@@ -453,7 +470,9 @@ def trained_set(kind: str = "linear", depth: int = 3) -> tuple[DirectionSet, Ten
     return DirectionSet(models, space), z
 
 
-@pytest.mark.parametrize(("kind", "depth"), [("mlp", 3), ("mlp", 1), ("mlp", 5), ("linear", 3), ("fixed", 3)])
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("anchored", 2), ("mlp", 3), ("mlp", 1), ("mlp", 5), ("linear", 3), ("fixed", 3)]
+)
 def test_a_loaded_set_shifts_alike(tmp_path: Path, kind: str, depth: int) -> None:
     directions, z = trained_set(kind, depth)
     directions.save(tmp_path)

@@ -237,8 +237,17 @@ def test_either_class_may_be_the_target(source: str, target: str) -> None:
     assert [r["chosen_by"] for r in rows] == ["greedy", "greedy", "mean effect"]
 
 
-def test_every_direction_is_ranked_once() -> None:
-    rows = ranked(two_classes(np.random.default_rng(0).uniform(-0.2, 0.2, (8, 6, 2))), top=2)
+def test_ranking_by_effect_counts_every_image_for_every_direction() -> None:
+    made = two_classes(effects(FIRST, SECOND, THIRD) * 0.8, p_target=0.1)
+    rows = ranked(made, order="effect")
+    assert [r["direction"] for r in rows] == [0, 1, 2]
+    assert [r["effect"] for r in rows] == pytest.approx([0.36, 0.32, 0.12])
+    assert {r["chosen_by"] for r in rows} == {"mean effect"}
+
+
+@pytest.mark.parametrize("order", ["effect", "greedy"])
+def test_every_direction_is_ranked_once(order: str) -> None:
+    rows = ranked(two_classes(np.random.default_rng(0).uniform(-0.2, 0.2, (8, 6, 2))), top=2, order=order)
     assert [r["rank"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert sorted(r["direction"] for r in rows) == [0, 1, 2, 3, 4, 5]
 

@@ -167,7 +167,7 @@ def direction_models(ref: Mapping[str, Tensor], kind: str) -> DirectionModels:
     """Three direction models with the weights of the reference, network by network."""
     models = DirectionModels(3, 8, kind={"nonlinear": "mlp"}.get(kind, kind), depth=3)
     if kind == "fixed":
-        models.load_state_dict({"fixed": ref["dir/fixed/state/params"]})
+        models.load_state_dict({"anchor": ref["dir/fixed/state/params"]})
         return models
 
     def each(name: str) -> Tensor:

@@ -456,7 +456,7 @@ def test_lambda3_makes_a_direction_move_the_classifier(tmp_path: Path) -> None:
     assert moved[1] > moved[0]
 
 
-@pytest.mark.parametrize("kind", ["mlp", "linear", "fixed"])
+@pytest.mark.parametrize("kind", ["anchored", "mlp", "linear", "fixed"])
 def test_the_published_objective_trains_every_kind_of_direction(tmp_path: Path, kind: str) -> None:
     published = {
         "space": "raw", "features": "code", "signed": False, "covariance": "published", "lambda3": 0.0, "alpha": 0.1
