@@ -51,7 +51,8 @@ class FrozenClassifier(nn.Module):
         self.low, self.high, self.size, self.output = low, high, size, output
         self.network = network
         if isinstance(network, nn.Module):
-            network.requires_grad_(False)
+            for parameter in network.parameters():  # TorchScript modules have no requires_grad_ of their own
+                parameter.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenClassifier:
@@ -147,6 +148,11 @@ def _load_factory(factory: str, weights: Path) -> nn.Module:
         network = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError) as error:
         raise UserError(f"classifier.factory = {factory!r} can't be imported: {error}") from None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"classifier.factory = {factory!r} fails when it is called without arguments: {reason}"
+        ) from None
     if not isinstance(network, nn.Module):
         raise UserError(f"classifier.factory = {factory!r} returned {type(network).__name__}, not a torch module")
     if not weights.is_file():
@@ -170,7 +176,7 @@ def _try(classifier: FrozenClassifier, num_classes: int, channels: int, size: in
         with torch.no_grad():
             outputs = [classifier.network(torch.zeros(n, *_adapted(classifier, shape))) for n in (2, 3)]
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:160]  # TorchScript's cause comes last
         raise UserError(
             f"the classifier can't take images of {channels} channels and {classifier.size or size} pixels: {reason}. "
             "Set classifier.input_size or data.channels; export with a dynamic batch dimension"

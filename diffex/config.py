@@ -199,7 +199,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and how things run; nothing here changes a result's digest except the seed."""
+    """Where and how things run; the device changes no digest."""
 
     seed: int = setting(0, "seed of every training", low=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -337,6 +337,7 @@ def digest(value: Any) -> str:
     """Sixteen hexadecimal digits of the SHA-256 of a value's canonical JSON."""
     if is_dataclass(value) and not isinstance(value, type):
         value = to_dict(value)
+        value.get("run", {}).pop("device", None)  # where it ran does not matter
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -274,6 +274,8 @@ def ensure(
             waiting=lambda name=name: progress(f"waiting for {name}", 0, 1),  # type: ignore[misc]
         )
         observe(name, entries[name].facts)
+        if name == "data":
+            stages.class_pairs(e, tuple(entries[name].facts["class_names"]))  # complains before anything is trained
     return Outcome(entries)
 
 

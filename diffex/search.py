@@ -94,7 +94,7 @@ class Sweep:
     def digest(self) -> str:
         """Names the sweep: everything but the number of trials, which can be raised later."""
         space = {name: [type(c).__name__, list(vars(c).values())] for name, c in self.space.items()}
-        return digest({"name": self.name, "base": to_dict(self.base), "space": space, "objective": self.objective,
+        return digest({"name": self.name, "base": digest(self.base), "space": space, "objective": self.objective,
                        "first": [dict(f) for f in self.first], "diffex": __version__})  # fmt: skip
 
     @property
@@ -319,7 +319,7 @@ def _trial(
             outcome = ensure(Store(store), experiment, progress=meter, observe=watch)
             row = finish_trial(folder, experiment, outcome, config, name)
             tags = {"paid": row["paid"], "reused": row["reused"]}
-            run.log(row, histories(outcome), trial_files(folder), tags)
+            run.log(row, histories(outcome), trial_files(folder), tags, note=trial_note(outcome))
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in config}
             tune.report({**numbers, "trial": name, "images": outcome["effects"].facts["images"]})
         finally:
@@ -390,6 +390,13 @@ def histories(outcome: Outcome) -> dict[str, list[dict[str, float]]]:
         if file.is_file():
             found[stage] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def trial_note(outcome: Outcome) -> str:
+    """What MLflow shows as a run's description: a sentence for each top direction."""
+    from diffex.report import headline
+
+    return "\n".join(f"- {line}" for line in headline(outcome["scoreboard"].facts["top"]))
 
 
 def trial_files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def open_sweep(
         else:
             parent = client.create_run(
                 experiment_id, run_name=f"{name}-{digest[:8]}",
-                tags={"diffex.digest": digest, "diffex.kind": "sweep", **tags},
+                tags={"diffex.digest": digest, "diffex.kind": "sweep", "mlflow.source.name": sys.argv[0], **tags},
             ).info.run_id  # fmt: skip
             log_params(client, parent, params)
     except UserError:
@@ -139,9 +140,9 @@ class TrialRun:
 
     def log(
         self, row: Mapping[str, Any], histories: Mapping[str, Iterable[Mapping[str, float]]], files: Iterable[Path],
-        tags: Mapping[str, str],
+        tags: Mapping[str, str], note: str = "",
     ) -> None:  # fmt: skip
-        """Write the scoreboard's numbers, training curves (step = images seen), artifacts and tags."""
+        """Write the scoreboard's numbers, training curves (step = images seen), artifacts, tags and a note."""
         if self.target is None or self.run_id is None:
             return
         from mlflow.entities import Metric
@@ -158,6 +159,8 @@ class TrialRun:
             client.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
         for key, value in {**tags, **{k: v for k, v in row.items() if isinstance(v, str)}}.items():
             client.set_tag(self.run_id, f"diffex.{key}", value[:5000])
+        if note:
+            client.set_tag(self.run_id, "mlflow.note.content", note)
         for file in files:
             client.log_artifact(self.run_id, str(file))
 
