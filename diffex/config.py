@@ -112,7 +112,7 @@ class Autoencoder:
     dropout: float = setting(0.0, "dropout in the U-Net", low=0.0, high=0.9)
     prediction: str = setting("v", "what the U-Net's output stands for (eps: published)", choices=("v", "eps"))
     weighting: str = setting("v", "loss weight over time: simple is eps error (published)", choices=("v", "simple"))
-    images: int = setting(36_000, "images seen in training, warm-up included", low=32)
+    images: int = setting(32_000, "images seen in training, warm-up included", low=32)
     warmup_fraction: float = setting(0.8, "share trained without classifier term; trials share it", low=0.0, high=1.0)
     batch_size: int = setting(32, "images a step", low=2)
     learning_rate: float = setting(2e-3, "peak learning rate of Adam; linear rise, cosine fall", low=0.0)

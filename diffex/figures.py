@@ -36,19 +36,27 @@ def channel_colours(channels: Sequence[str]) -> list[tuple[float, float, float]]
     return [COLOURS.get(name.lower(), SPARE[i % len(SPARE)]) for i, name in enumerate(channels)]
 
 
-def compose(image: Image, channels: Sequence[str], gain: float = 1.0) -> NDArray[np.float64]:
-    """One colour picture (H, W, 3) in 0..1 from channels (C, H, W): each in its colour, added up."""
-    colours = np.array(channel_colours(channels))
-    return np.clip(np.einsum("chw,ck->hwk", image / 255.0, colours) * gain, 0, 1)
+Window = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Darkest and brightest intensity of each channel, (C,) and (C,), in 0..255."""
 
 
-def _gain(images: NDArray[np.uint8], channels: Sequence[str]) -> float:
-    """One brightness for a whole figure, so that its tiles stay comparable: the 99.7th percentile becomes white."""
+def compose(image: Image, channels: Sequence[str], window: Window) -> NDArray[np.float64]:
+    """One colour picture (H, W, 3) in 0..1 from channels (C, H, W): each stretched, in its colour, added up."""
+    low, high = (bound[:, None, None] for bound in window)
+    stretched = np.clip((image - low) / (high - low), 0, 1)
+    return np.clip(np.einsum("chw,ck->hwk", stretched, np.array(channel_colours(channels))), 0, 1)
+
+
+def brightness(images: NDArray[np.uint8], channels: Sequence[str]) -> Window:
+    """One window for a whole figure, so that its tiles stay comparable: quantiles 0.5 and 99.7 % of each channel.
+
+    Photographs (red, green, blue) are shown as they are.
+    """
     if {c.lower() for c in channels} <= {"red", "green", "blue"}:
-        return 1.0
-    flat = images.reshape(-1, *images.shape[-3:])
-    top = float(np.percentile(flat.max(axis=1), 99.7)) / 255.0
-    return 1.0 / max(top, 0.2)
+        return np.zeros(len(channels)), np.full(len(channels), 255.0)
+    pixels = np.moveaxis(images.reshape(-1, *images.shape[-3:]), 1, 0).reshape(len(channels), -1)
+    low, high = np.percentile(pixels, (0.5, 99.7), axis=1)
+    return low, np.maximum(high, low + 25)
 
 
 def _tiles(figure: Figure, rows: int, columns: int, left: float, top: float, gap: float = 0.0) -> list[list[Axes]]:
@@ -87,7 +95,7 @@ def image_grid(rows: Mapping[str, Sequence[Image] | Image], channels: Sequence[s
     columns = max(len(images) for images in rows.values())
     left, top = 1.9, 0.75
     figure = Figure(figsize=(left + columns * TILE + 0.1, top + len(rows) * TILE + 0.1))
-    gain = _gain(np.concatenate([np.asarray(v) for v in rows.values()]), channels)
+    window = brightness(np.concatenate([np.asarray(v) for v in rows.values()]), channels)
     grid = _tiles(figure, len(rows), columns, left, top)
     width, height = figure.get_size_inches()
     for r, (label, images) in enumerate(rows.items()):
@@ -102,7 +110,7 @@ def image_grid(rows: Mapping[str, Sequence[Image] | Image], channels: Sequence[s
         )
         for c, axes in enumerate(grid[r]):
             if c < len(images):
-                _show(axes, compose(images[c], channels, gain))
+                _show(axes, compose(images[c], channels, window))
             else:
                 axes.set_visible(False)
     figure.text(0.1 / width, 1 - 0.22 / height, title, fontsize=11, color=INK, va="center", weight="bold")
@@ -125,13 +133,13 @@ def traversal(
     n, steps = images.shape[:2]
     left, top, gap = 0.35, 1.25, 0.22
     figure = Figure(figsize=(left + steps * TILE + 0.1, top + n * (TILE + gap) + 0.05))
-    gain = _gain(images, channels)
+    window = brightness(images, channels)
     grid = _tiles(figure, n, steps, left, top, gap)
     width, height = figure.get_size_inches()
     said = probs.argmax(axis=-1) == target_index
     for r in range(n):
         for c, axes in enumerate(grid[r]):
-            _show(axes, compose(images[r, c], channels, gain))
+            _show(axes, compose(images[r, c], channels, window))
             axes.set_xlabel(
                 f"{100 * probs[r, c, target_index]:.0f} %", fontsize=8, labelpad=1.5, color=MARK if said[r, c] else INK,
                 weight="bold" if said[r, c] else "normal",
@@ -143,7 +151,7 @@ def traversal(
                 axes.set_title(
                     "reconstruction" if alphas[c] == 0 else f"{alphas[c]:+.0f} sd", fontsize=8, color=INK, pad=3
                 )
-    room = int((width - 0.2) / 0.105)  # characters of the bold title that fit
+    room = int((width - 0.2) / 0.088)  # characters of the bold title that fit
     for line, text in enumerate(textwrap.wrap(title, room)[:2]):
         figure.text(
             0.1 / width, 1 - (0.2 + 0.2 * line) / height, text, fontsize=10, color=INK, va="center", weight="bold"

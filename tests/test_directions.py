@@ -435,6 +435,17 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(covariance: str) -> None:
     assert torch.allclose(loss, parts["contrastive"] + 0.7 * parts["covariance"] - 0.2 * moved, atol=1e-6)
 
 
+def test_change_maps_overlap_where_they_change_the_same_pixels_even_in_opposite_ways() -> None:
+    """Pixels brightened by one direction and, elsewhere in common, darkened by another must not cancel."""
+    loss_of, v, rows = objective(replace(OURS, lambda3=0.0))
+    loss_of.models.eval()
+    u = loss_of.models.unit(v)
+    change = torch.einsum("bpr,kbr->kbp", loss_of.responses.image[rows], u)  # type: ignore[union-attr]
+    covariance = loss_of(v, rows)[1]["covariance"]
+    assert torch.allclose(covariance, pairwise_overlap(change.abs()), atol=1e-6)
+    assert not torch.allclose(covariance, pairwise_overlap(change), atol=1e-2)
+
+
 def test_responses_are_those_of_the_rows() -> None:
     """Rows whose image does not respond have no say in the overlap of change maps."""
     loss_of, v, rows = objective(replace(OURS, lambda3=0.0))

@@ -223,6 +223,12 @@ def test_every_batch_is_seen_once_in_order(tmp_path: Path) -> None:
     assert task.steps == [0, 8, 16, 24, 32, 40]
 
 
+def test_every_step_draws_numbers_of_its_own(tmp_path: Path) -> None:
+    task, drawn = Sum(images=400, batch_size=4), []
+    fit(task, tmp_path, progress=lambda *call: drawn.append(float(task.total)))
+    assert len(set(np.diff(drawn).round(4).tolist())) > 90
+
+
 def test_a_training_may_start_in_the_middle(tmp_path: Path) -> None:
     task = Sum(images=40, batch_size=8)
     fit(task, tmp_path, start=16)

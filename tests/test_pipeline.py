@@ -1,0 +1,192 @@
+"""The stage graph: what decides a stage's digest, what a user's own classifier needs, and what is left after errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffex.assay import DEFAULT_CHANNELS
+from diffex.config import Experiment, load
+from diffex.data import ImageStore
+from diffex.errors import UserError
+from diffex.networks import ResidualClassifier
+from diffex.pipeline import GRAPH, absent, code_digest, ensure, fingerprint, stage_digests
+from diffex.store import Store
+
+TINY = load(Path(__file__).with_name("tiny.yaml"))
+
+FROM_EFFECTS = {"effects", "scoreboard", "pictures"}
+FROM_DIRECTIONS = {"directions", *FROM_EFFECTS}
+FROM_AUTOENCODER = {"autoencoder", "reconstruction", "latents", "responses", *FROM_DIRECTIONS}
+FROM_WARMUP = {"warmup", *FROM_AUTOENCODER}
+FROM_CLASSIFIER = {"classifier", *FROM_WARMUP}
+EVERYTHING = {"data", "ruler", *FROM_CLASSIFIER}
+
+
+def changed(base: Experiment = TINY, **settings: object) -> set[str]:
+    """Stages whose digest differs with other settings."""
+    before = stage_digests(base)
+    after = stage_digests(base.with_settings({name.replace("__", "."): value for name, value in settings.items()}))
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "stages"),
+    [
+        ("data.seed", 5, EVERYTHING),
+        ("assay.well_sd", 0.5, EVERYTHING),
+        ("run.seed", 5, EVERYTHING - {"data"}),
+        ("run.precision", "fp32", EVERYTHING - {"data"}),
+        ("classifier.width", 12, FROM_CLASSIFIER),
+        ("evaluation.ruler_images", 128, {"ruler", *FROM_EFFECTS}),
+        ("autoencoder.code_dim", 16, FROM_WARMUP),
+        ("autoencoder.images", 1920, FROM_WARMUP),
+        ("autoencoder.warmup_fraction", 0.5, FROM_WARMUP),
+        ("autoencoder.lambda1", 0.5, FROM_AUTOENCODER),
+        ("autoencoder.classifier_term", "truncated", FROM_AUTOENCODER),
+        ("rendering.steps", 5, {"reconstruction", *FROM_EFFECTS}),
+        ("evaluation.num_images", 12, {"reconstruction", "scoreboard", "pictures"}),
+        ("directions.response_images", 32, {"responses", *FROM_DIRECTIONS}),
+        ("directions.alpha", 1.0, {"responses", *FROM_DIRECTIONS}),
+        ("directions.lambda2", 3.0, FROM_DIRECTIONS),
+        ("directions.lambda3", 0.1, FROM_DIRECTIONS),
+        ("directions.num_directions", 4, FROM_DIRECTIONS),
+        ("directions.tau", 1.0, FROM_DIRECTIONS),
+        ("evaluation.random_directions", 5, FROM_EFFECTS),
+        ("ranking.num_images", 8, FROM_EFFECTS),
+        ("ranking.alphas", [1.0], FROM_EFFECTS),
+        ("ranking.top", 1, {"scoreboard", "pictures"}),
+        ("ranking.confidence", 0.9, {"scoreboard", "pictures"}),
+        ("run.device", "cpu", set()),
+    ],
+)
+def test_a_setting_changes_the_stages_that_it_decides_and_no_others(
+    setting: str, value: object, stages: set[str]
+) -> None:
+    assert changed(**{setting: value}) == stages
+
+
+def test_rendering_decides_the_autoencoder_only_where_its_loss_renders() -> None:
+    truncated = TINY.with_settings({"autoencoder.classifier_term": "truncated"})
+    assert "autoencoder" in changed(truncated, rendering__steps=5)
+    without = truncated.with_settings({"autoencoder.lambda1": 0.0})
+    assert "autoencoder" not in changed(without, rendering__steps=5)
+
+
+def test_asking_for_the_default_channels_by_name_is_the_same_data() -> None:
+    named = load(settings={"data.channels": list(DEFAULT_CHANNELS)})
+    assert stage_digests(named, "data") == stage_digests(load(settings={"data.channels": []}), "data")
+
+
+def test_stages_come_after_what_they_need() -> None:
+    order = list(stage_digests(TINY))
+    assert set(order) == set(GRAPH)
+    for name, stage in GRAPH.items():
+        assert all(order.index(need) < order.index(name) for need in stage.needs)
+
+
+def test_only_what_a_stage_rests_on_is_asked_for() -> None:
+    assert set(stage_digests(TINY, "latents")) == {"data", "classifier", "warmup", "autoencoder", "latents"}
+
+
+def test_losses_that_look_at_the_code_only_need_no_responses() -> None:
+    settings = {"directions.features": "code", "directions.covariance": "shifts", "directions.lambda3": 0.0}
+    assert absent(TINY.with_settings(settings)) == {"responses"}
+    assert "responses" not in stage_digests(TINY.with_settings(settings))
+
+
+def test_real_images_have_no_ruler(tmp_path: Path) -> None:
+    real = TINY.with_settings({"data.path": str(tmp_path)})
+    assert absent(real) == {"ruler"}
+    assert "ruler" not in stage_digests(real)
+
+
+def test_code_that_runs_decides_the_digest() -> None:
+    assert code_digest("run_latents", ("model",)) != code_digest("run_latents", ("networks",))
+    assert code_digest("run_latents", ("model",)) != code_digest("run_effects", ("model",))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a user's files hold
+
+
+def test_a_file_s_fingerprint_is_its_content(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"one")
+    b.write_bytes(b"one")
+    assert fingerprint(a) == fingerprint(b)
+    b.write_bytes(b"two")
+    assert fingerprint(a) != fingerprint(b)
+
+
+def test_a_folder_s_fingerprint_changes_with_any_file(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "1.png").write_bytes(b"one")
+    seen = [fingerprint(tmp_path)]
+    (tmp_path / "class" / "2.png").write_bytes(b"two")
+    seen.append(fingerprint(tmp_path))
+    (tmp_path / "class" / "1.png").write_bytes(b"longer")
+    seen.append(fingerprint(tmp_path))
+    (tmp_path / "class" / "2.png").rename(tmp_path / "class" / "3.png")
+    seen.append(fingerprint(tmp_path))
+    assert len(set(seen)) == 4
+    assert fingerprint(tmp_path) == seen[-1]
+
+
+def test_a_path_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"no file or folder 'nowhere'"):
+        fingerprint(Path("nowhere"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A user's own classifier
+
+
+def exported(folder: Path, outputs: int = 2) -> Path:
+    torch.manual_seed(0)
+    network = ResidualClassifier(2, outputs, width=4).eval()
+    nn.init.normal_(network.head.weight)
+    batch = torch.export.Dim("n", min=1, max=4096)
+    program = torch.export.export(network, (torch.zeros(2, 2, 32, 32),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, folder / "net.pt2")
+    return folder / "net.pt2"
+
+
+def test_a_given_classifier_is_judged_not_trained(tmp_path: Path) -> None:
+    e = TINY.with_settings({"classifier.path": str(exported(tmp_path))})
+    outcome = ensure(Store(tmp_path / "store"), e, "classifier")
+    facts = outcome["classifier"].facts
+    assert facts["trained_here"] is False
+    assert facts["report"]["n"] == len(ImageStore(outcome["data"].path).rows("test"))
+    assert not (outcome["classifier"].path / "model.safetensors").exists()
+
+
+def test_another_file_under_the_same_name_is_another_classifier(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"one")
+    e = TINY.with_settings({"classifier.path": str(path)})
+    before = stage_digests(e)
+    path.write_bytes(b"two")
+    after = stage_digests(e)
+    assert {name for name in before if before[name] != after[name]} == FROM_CLASSIFIER
+
+
+def test_the_seed_of_training_does_not_matter_to_a_given_classifier(tmp_path: Path) -> None:
+    e = TINY.with_settings({"classifier.path": str(exported(tmp_path))})
+    assert "classifier" not in changed(e, run__seed=7)
+
+
+def test_a_classifier_that_does_not_fit_leaves_no_entry_and_mending_it_goes_on(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    e = TINY.with_settings({"classifier.path": str(exported(tmp_path, outputs=3))})
+    with pytest.raises(UserError, match=r"returns \[2, 3\] for 2 images, but 2 classes"):
+        ensure(store, e, "classifier")
+    assert not store.has("classifier", stage_digests(e)["classifier"])
+    exported(tmp_path)
+    outcome = ensure(store, e, "classifier")
+    assert outcome.paid == ["classifier"]
+    assert outcome.reused == ["data"]
