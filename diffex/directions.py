@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ class Subspace(nn.Module):
         variance, axes = variance.flip(0).clamp_min(0), axes.flip(1)
         held = variance.cumsum(0) / variance.sum()
         rank = min(int((held < explained_variance).sum()) + 1, d)
-        return cls(mean, axes[:, :rank].float(), variance[:rank].sqrt().float().clamp_min(1e-8))
+        return cls(mean, axes[:, :rank].float().contiguous(), variance[:rank].sqrt().float().clamp_min(1e-8))
 
     @property
     def rank(self) -> int:
@@ -390,6 +391,6 @@ class DirectionSet(nn.Module):
             subspace = Subspace(torch.zeros(c["d"]), torch.zeros(c["d"], c["dim"]), torch.ones(c["dim"]))
             result = cls(models, subspace)
             result.load_state_dict(load_file(folder / "directions.safetensors"))
-        except (OSError, KeyError, RuntimeError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{str(folder)!r} holds no readable directions: {error}") from None
         return result.to(device)

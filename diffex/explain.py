@@ -204,14 +204,16 @@ class Explainer:
         c = names.index(target) if isinstance(target, str) else int(target)
         if not 0 <= c < len(names):
             raise UserError(f"there is no class {c}: the classes are 0 to {len(names) - 1}")
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.model.shape:
+        if x.dim() != 4 or len(x) == 0 or tuple(x.shape[1:]) != self.model.shape:
             raise UserError(
                 f"attribute takes images of shape (B, {', '.join(map(str, self.model.shape))}), got {tuple(x.shape)}"
             )
         if not torch.isfinite(x).all() or x.abs().max() > 1.001:
             raise UserError("attribute takes finite images in [-1, 1]; map yours with (x - low) / (high - low) * 2 - 1")
-        x = x.to(self.model.compute.device)
         steps = sorted(abs(float(a)) for a in alphas)
+        if not steps:
+            raise UserError("attribute needs one alpha at least to try")
+        x = x.to(self.model.compute.device, torch.float32)
         code = self.model.encode(x, self.classifier.probabilities(x))
         reconstruction = self.model.decode(code.z, code.x_T)
         before = self.classifier.probabilities(reconstruction)[:, c]
@@ -226,7 +228,7 @@ class Explainer:
         grid = torch.tensor(steps)
         flips_at = torch.where(said, grid, torch.inf).min(dim=-1).values
         # Smallest alpha first; among equals, and where nothing flips, the largest effect.
-        score = torch.where(flips_at.isinf(), grid[-1] + 1, flips_at) - 1e-3 * effect
+        score = torch.where(flips_at.isinf(), grid[-1] + 1, flips_at) - 1e-3 * effect.double()
         best = score.flatten(1).argmin(dim=1)
         direction, sign = best // 2, 1.0 - 2.0 * (best % 2)
         alpha = flips_at.flatten(1).gather(1, best[:, None])[:, 0]

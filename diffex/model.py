@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -202,7 +203,7 @@ class DiffusionAutoencoder(nn.Module):
             }
             model = cls(Autoencoder(**settings), rendering, compute=compute, **config)
             model.load_state_dict(load_file(folder / "model.safetensors", device=str(compute.device)))
-        except (OSError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{str(folder)!r} holds no readable diffusion autoencoder: {error}") from None
         return model.eval().requires_grad_(False)
 

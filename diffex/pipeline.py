@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def _uses_data(e: Experiment) -> Any:
 
 def _uses_classifier(e: Experiment) -> Any:
     if is_given(e.classifier):
-        return [to_dict(e.classifier), [fingerprint(Path(p)) for p in (e.classifier.path, e.classifier.weights) if p]]
+        files = [Path(p) for p in (e.classifier.path, e.classifier.weights) if p]
+        return [to_dict(e.classifier), [fingerprint(p) for p in [*files, *factory_source(e.classifier.factory)]]]
     return _seeded(e, to_dict(e.classifier))
 
 
@@ -186,6 +188,15 @@ def fingerprint(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+
+
+def factory_source(factory: str | None) -> list[Path]:
+    """The file that defines a ``package.module:callable``, where it can be found: its code decides the verdicts."""
+    try:
+        spec = importlib.util.find_spec(factory.partition(":")[0]) if factory else None
+    except (ImportError, ValueError):
+        return []  # load_classifier complains
+    return [Path(spec.origin)] if spec and spec.origin and Path(spec.origin).is_file() else []
 
 
 def stage_digests(e: Experiment, last: str = "pictures") -> dict[str, str]:

@@ -147,7 +147,8 @@ def _explain_pair(
     overlap = metrics.mean_overlap(maps)
     every = a.change[:, :, 0].transpose(1, 0, 2).reshape(a.change.shape[1], -1)
     row = {
-        "flip_rate": first["flip_rate"], "flip_rate_low": first["flip_low"], "flip_rate_high": first["flip_high"],
+        "flip_rate": first["flip_rate"] if first["flip_n"] else 0.0,  # a sampler can't learn from "unknown"
+        "flip_rate_low": first["flip_low"], "flip_rate_high": first["flip_high"],
         "disentanglement": 1.0 - overlap, "mean_shift": first["effect"], "mean_shift_low": first["effect_low"],
         "mean_shift_high": first["effect_high"], "null.flip_rate": first["null_flip_rate"],
         "null.flip_max": first["null_flip_max"], "null.p_value": first["p_value"], "directions.overlap": overlap,
@@ -201,9 +202,9 @@ def _planted(e: Experiment, facts: Mapping[str, Mapping[str, Any]]) -> tuple[str
 
 def pareto_front(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> list[bool]:
     """Which rows no other row beats: none is at least as good in every objective and better in one."""
-    values = np.array([[float(r[o]) for o in objectives] for r in rows]).reshape(len(rows), -1)
+    values = np.array([[float(r[o]) for o in objectives] for r in rows]).reshape(len(rows), len(objectives))
     better = (values[:, None] >= values[None]).all(axis=-1) & (values[:, None] > values[None]).any(axis=-1)
-    beaten = np.any(better, axis=0)
+    beaten = np.any(better, axis=0) | np.isnan(values).any(axis=1)
     return [not b for b in beaten.tolist()]
 
 
