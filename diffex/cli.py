@@ -225,7 +225,16 @@ def _show_ranking(outcome: Any) -> None:
 
 def _finish_run(options: argparse.Namespace, experiment: Experiment, outcome: Any, output: Path, uri: str) -> None:
     """A run is a sweep of one trial: same folder, same report, same MLflow layout."""
-    from diffex.search import SweepResult, finish_trial, histories, load_rows, trial_files, trial_name, trial_note
+    from diffex.search import (
+        SweepResult,
+        finish_trial,
+        histories,
+        load_rows,
+        trial_files,
+        trial_name,
+        trial_note,
+        write_row,
+    )
     from diffex.tracking import TrialRun, open_sweep
 
     name = trial_name(experiment, {})
@@ -234,6 +243,7 @@ def _finish_run(options: argparse.Namespace, experiment: Experiment, outcome: An
     with TrialRun(target, f"trial-{name}", name, params) as run:
         row = finish_trial(output / "trials" / name, experiment, outcome, {}, name)
         run.log(row, histories(outcome), trial_files(output / "trials" / name), {}, note=trial_note(outcome))
+    write_row(output / "trials" / name, row)
     _show_ranking(outcome)
     result = SweepResult(load_rows(output), [], outcome.seconds(computed=True))
     conclude("Why the classifier decides", experiment, {}, output, result, target, uri)

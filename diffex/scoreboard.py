@@ -21,7 +21,7 @@ from diffex.ranking import EffectArrays, arrays, baseline, rank
 
 METRICS = {
     "flip_rate": "share of held-out source images that the first-ranked direction flips to the target, at a shift no "
-    "longer than the class-mean difference",
+    "longer than the class-mean difference; 0 where no reconstruction is left to flip",
     "disentanglement": "1 - mean overlap of the change maps of the top directions: 1 where no two change the same "
     "pixels and channels",
     "ssim": "structural similarity of image and reconstruction (inversion, then rendering)",

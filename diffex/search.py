@@ -320,10 +320,11 @@ def _trial(
             row = finish_trial(folder, experiment, outcome, config, name)
             tags = {"paid": row["paid"], "reused": row["reused"]}
             run.log(row, histories(outcome), trial_files(folder), tags, note=trial_note(outcome))
-            numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in config}
-            tune.report({**numbers, "trial": name, "images": outcome["effects"].facts["images"]})
         finally:
             meter.close()
+    write_row(folder, row)
+    numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in config}
+    tune.report({**numbers, "trial": name})
 
 
 def _report_early(experiment: Experiment, folder: Path, config: Mapping[str, Any], name: str) -> Observe:
@@ -340,7 +341,7 @@ def _report_early(experiment: Experiment, folder: Path, config: Mapping[str, Any
         scores = {**partial_scores(experiment, _pairs_so_far(experiment, table), table), "ssim": ssim}
         scores["score"] = overall_score(scores)
         progress = {"trial": name, "images": len(set(table["row"].to_pylist()))}
-        _write_row(folder, {**config, **scores, **progress, "status": "stopped"})
+        write_row(folder, {**config, **scores, **progress, "status": "stopped"})
         tune.report({**scores, **progress})
 
     return observe
@@ -359,7 +360,7 @@ def _pairs_so_far(experiment: Experiment, table: Any) -> list[tuple[str, str]]:
 def finish_trial(
     folder: Path, experiment: Experiment, outcome: Outcome, config: Mapping[str, Any], name: str
 ) -> dict[str, Any]:
-    """Write a trial's folder: row, settings, where its stages lie, ranking; returns the row."""
+    """Write a trial's folder: settings, where its stages lie, pictures; returns the row, to be written last."""
     from diffex.report import write_trial_figures
 
     row = json.loads((outcome["scoreboard"].path / "row.json").read_text(encoding="utf-8"))
@@ -371,7 +372,6 @@ def finish_trial(
     folder.mkdir(parents=True, exist_ok=True)
     write_run_record(folder, experiment, outcome)
     write_trial_figures(folder, outcome)
-    _write_row(folder, row)
     return row
 
 
@@ -404,7 +404,8 @@ def trial_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".png", ".parquet"))
 
 
-def _write_row(folder: Path, row: Mapping[str, Any]) -> None:
+def write_row(folder: Path, row: Mapping[str, Any]) -> None:
+    """Write ``row.json``: from then on the trial counts as ended, so everything else must be there by then."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting = folder / f"row.{os.getpid()}.tmp"
     waiting.write_text(json.dumps(row, indent=1), encoding="utf-8")

@@ -170,5 +170,5 @@ def test_a_sweep_is_named_by_everything_but_its_number_of_trials() -> None:
 def test_a_space_with_an_unknown_setting_or_an_impossible_value_is_refused_at_once() -> None:
     with pytest.raises(UserError, match="directions.lambda2"):
         Sweep(name="s", base=load(), space={"directions.lamda2": Levels((1.0, 2.0))})
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="between 1 and 1000"):
         Sweep(name="s", base=load(), space={"directions.num_directions": Levels((0, 4))})
