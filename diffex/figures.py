@@ -80,7 +80,8 @@ def _legend(figure: Figure, channels: Sequence[str], x: float, y: float) -> None
     width, height = figure.get_size_inches()
     for i, (name, colour) in enumerate(zip(channels, channel_colours(channels), strict=True)):
         figure.text(
-            (x + 1.15 * i) / width, 1 - y / height, f" {name} ", color=colour, fontsize=9, va="center",
+            (x + 1.15 * i) / width, 1 - y / height, f" {name} ", fontsize=9, va="center",
+            color=[0.3 + 0.7 * part for part in colour],  # pure blue can't be read on black
             bbox={"facecolor": "#101418", "edgecolor": "none", "pad": 2},
         )  # fmt: skip
 
