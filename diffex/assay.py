@@ -100,7 +100,7 @@ NUISANCES = (
 DESIGNS: dict[str, dict[str, dict[str, float]]] = {
     "binary": {
         "compound": {
-            "actin_rim": -3.4, "cytoplasm_area": -2.5, "microtubule_density": 2.6, "nucleus_area": 2.6,
+            "actin_rim": -3.4, "cytoplasm_area": -2.8, "microtubule_density": 3.0, "nucleus_area": 3.0,
         },
     },
     "multiclass": {
