@@ -90,6 +90,8 @@ class Board:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join(timeout=5)
+        if "" in self._bars:
+            self._bars[""].update(self.done - self._bars[""].n)
         for bar in self._bars.values():
             bar.close()
 
@@ -128,7 +130,7 @@ class Board:
                 self._bars.pop(name).close()
             for name, state in states.items():
                 if name not in self._bars:
-                    self._bars[name] = tqdm(file=self.out, dynamic_ncols=True, leave=False)
+                    self._bars[name] = tqdm(total=state["total"], file=self.out, dynamic_ncols=True, leave=False)
                 bar = self._bars[name]
                 bar.set_description(f"{name[:12]:<12} {state['what'][:15]:<15}", refresh=False)
                 bar.total, bar.n = state["total"], state["done"]
