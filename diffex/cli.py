@@ -110,7 +110,7 @@ def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
             raise UserError(f"{str(record)!r} is damaged: remove it, or choose another --output") from None
         if other.get("digest") != identity["digest"]:
             mine, theirs = identity["settings"], other.get("settings", {})
-            changed = [k for k in mine if mine.get(k) != theirs.get(k)] or ["the search space or the version"]
+            changed = [k for k in mine if mine.get(k) != theirs.get(k)] or ["the search space, the data or the code"]
             shown = ", ".join(
                 f"{k} ({theirs.get(k)} there, {mine.get(k)} here)" if k in mine else k for k in changed[:3]
             )
@@ -229,7 +229,6 @@ def _finish_run(options: argparse.Namespace, experiment: Experiment, outcome: An
         SweepResult,
         finish_trial,
         histories,
-        load_rows,
         trial_files,
         trial_name,
         trial_note,
@@ -245,7 +244,7 @@ def _finish_run(options: argparse.Namespace, experiment: Experiment, outcome: An
         run.log(row, histories(outcome), trial_files(output / "trials" / name), {}, note=trial_note(outcome))
     write_row(output / "trials" / name, row)
     _show_ranking(outcome)
-    result = SweepResult(load_rows(output), [], outcome.seconds(computed=True))
+    result = SweepResult([row], [], outcome.seconds(computed=True))
     conclude("Why the classifier decides", experiment, {}, output, result, target, uri)
 
 
@@ -303,12 +302,14 @@ def _run_sweep(
     name: str, space: Mapping[str, Any], assay_space: Mapping[str, Any], first: Sequence[Mapping[str, Any]],
     options: argparse.Namespace,
 ) -> int:  # fmt: skip
-    from diffex.search import Sweep, run_sweep
+    from diffex.search import Levels, Sweep, run_sweep
     from diffex.tracking import open_sweep
 
     if options.trials < 1:
         raise UserError(f"--trials must be at least 1, got {options.trials}")
     base = experiment_of(options)
+    of_recipe = flat(base)
+    space = {name: c.including(of_recipe[name]) if isinstance(c, Levels) else c for name, c in space.items()}
     space = {**space, **(assay_space if base.data.path is None else {}), **_varied(options.vary)}
     first = [{k: v for k, v in settings.items() if k in space} for settings in first]
     first = [settings for i, settings in enumerate(first) if settings not in first[:i]]

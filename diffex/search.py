@@ -33,7 +33,6 @@ from diffex.progress import Board, FileMeter
 from diffex.scoreboard import overall_score, partial_scores
 from diffex.stages import EFFECTS_SO_FAR, Observe
 from diffex.store import Store
-from diffex.version import __version__
 
 OBJECTIVES = ("flip_rate", "disentanglement", "ssim")
 SHARED = ("warmup", "ruler")  # what trials with equal data have in common, computed before they start
@@ -44,6 +43,10 @@ class Levels:
     """A setting that takes one of a few values; trials at equal levels share the stages that these decide."""
 
     values: tuple[Any, ...]
+
+    def including(self, value: Any) -> Levels:
+        """The same levels and, where it is not among them, ``value``: so that a sweep can try its recipe as it is."""
+        return self if value in self.values else Levels((value, *self.values))
 
     def distribution(self) -> optuna.distributions.BaseDistribution:
         return optuna.distributions.CategoricalDistribution(self.values)
@@ -92,10 +95,10 @@ class Sweep:
 
     @property
     def digest(self) -> str:
-        """Names the sweep: everything but the number of trials, which can be raised later."""
+        """Names the sweep: settings, space, data and code, but not the number of trials, which can be raised later."""
         space = {name: [type(c).__name__, list(vars(c).values())] for name, c in self.space.items()}
-        return digest({"name": self.name, "base": digest(self.base), "space": space, "objective": self.objective,
-                       "first": [dict(f) for f in self.first], "diffex": __version__})  # fmt: skip
+        asked = [self.name, digest(self.base), space, self.objective, [dict(f) for f in self.first]]
+        return digest([*asked, stage_digests(self.base)["pictures"]])
 
     @property
     def metrics(self) -> tuple[str, ...]:

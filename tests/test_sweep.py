@@ -157,6 +157,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_recipes_own_value_joins_the_levels() -> None:
+    assert Levels((0.0, 3.0)).including(0.3) == Levels((0.3, 0.0, 3.0))
+    assert Levels((0.0, 3.0)).including(3.0) == Levels((0.0, 3.0))
+
+
+def test_dry_run_shows_that_the_recipe_itself_can_be_drawn(tmp_path: Path) -> None:
+    done = run("--dry-run", "--set", "autoencoder.lambda1=0.7", folder=tmp_path)
+    assert "values=(0.7, 0.0, 3.0)" in done.stdout
+
+
 def test_a_sweep_is_named_by_everything_but_its_number_of_trials() -> None:
     def sweep(space: dict[str, Levels | Range], base: Experiment) -> Sweep:
         return Sweep(name="s", base=base, space=space)
