@@ -47,12 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         add_experiment_options(verb)
         if name != "config":
-            verb.add_argument("--output", type=Path, help="folder for results (default: diffex-output/run-<digest>)")
-            verb.add_argument("--store", type=Path, help="folder of the stage store (default: beside the results)")
-            verb.add_argument(
-                "--tracking-uri",
-                help="MLflow: sqlite:///FILE.db or http://HOST:PORT (default: SQLite file beside the results)",
-            )
+            add_place_options(verb, "run")
     options = parser.parse_args(argv)
     return guarded(lambda: _config(options) if options.verb == "config" else _run_verb(options))
 
@@ -81,6 +76,15 @@ def add_experiment_options(parser: argparse.ArgumentParser) -> None:
         "--set", dest="settings", action="append", default=[], metavar="a.b=v", help="replace a setting; repeatable"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+
+
+def add_place_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Options that decide where results lie: --output, --store, --tracking-uri."""
+    parser.add_argument("--output", type=Path, help=f"folder for results (default: diffex-output/{name}-<digest>)")
+    parser.add_argument("--store", type=Path, help="folder of the stage store (default: beside the results)")
+    parser.add_argument(
+        "--tracking-uri", help="MLflow: sqlite:///FILE.db or http://HOST:PORT (default: SQLite file beside the results)"
+    )
 
 
 def experiment_of(options: argparse.Namespace) -> Experiment:
@@ -277,11 +281,7 @@ def sweep_main(
     parser.add_argument("--vary", action="append", default=[], metavar="a.b=[v, w]", help=vary)
     goal = "pareto: flip rate, disentanglement and SSIM; score: their geometric mean, with ASHA"
     parser.add_argument("--objective", choices=("pareto", "score"), default="pareto", help=goal)
-    parser.add_argument("--output", type=Path, help=f"folder for results (default: diffex-output/{name}-<digest>)")
-    parser.add_argument("--store", type=Path, help="folder of the stage store (default: beside the results)")
-    parser.add_argument(
-        "--tracking-uri", help="MLflow: sqlite:///FILE.db or http://HOST:PORT (default: SQLite file beside the results)"
-    )
+    add_place_options(parser, name)
     options = parser.parse_args(argv)
     return guarded(lambda: _run_sweep(name, space, assay_space or {}, first, options))
 
@@ -312,7 +312,6 @@ def _run_sweep(
     space = {name: c.including(of_recipe[name]) if isinstance(c, Levels) else c for name, c in space.items()}
     space = {**space, **(assay_space if base.data.path is None else {}), **_varied(options.vary)}
     first = [{k: v for k, v in settings.items() if k in space} for settings in first]
-    first = [settings for i, settings in enumerate(first) if settings not in first[:i]]
     sweep = Sweep(name=name, base=base, space=space, first=first, objective=options.objective)
     folder = f"{name}-{sweep.digest[:8]}"
     if options.dry_run:
@@ -356,12 +355,12 @@ def conclude(
 
     from diffex import figures, tracking
     from diffex.report import save_figure, write_report
-    from diffex.scoreboard import pareto_front
+    from diffex.scoreboard import OBJECTIVES, pareto_front
 
-    pq.write_table(pa.Table.from_pylist([{**r} for r in result.rows]), output / "scoreboard.parquet")
+    pq.write_table(pa.Table.from_pylist(result.rows), output / "scoreboard.parquet")
     rows = [r for r in result.rows if r["status"] == "finished"]
     best = max(rows, key=lambda r: r["score"])
-    front = pareto_front(rows, ("flip_rate", "disentanglement", "ssim"))
+    front = pareto_front(rows, OBJECTIVES)
     stages = json.loads((output / "trials" / best["trial"] / "stages.json").read_text(encoding="utf-8"))
     facts = {s: json.loads((Path(p) / "entry.json").read_text(encoding="utf-8"))["facts"] for s, p in stages.items()}
     pictures = {}
@@ -370,7 +369,7 @@ def conclude(
             figures.pareto(rows, front), output / "figures" / "pareto.png"
         )
         pictures["What each setting does."] = save_figure(
-            figures.settings_effect(rows, list(space), ["flip_rate", "disentanglement", "ssim"]),
+            figures.settings_effect(rows, list(space), OBJECTIVES),
             output / "figures" / "settings.png",
         )
     curves: dict[str, dict[str, Any]] = {}
@@ -381,19 +380,15 @@ def conclude(
             if file.is_file():
                 curves.setdefault(stage, {})[r["trial"]] = json.loads(file.read_text(encoding="utf-8"))
     pictures["Training curves."] = save_figure(figures.curves(curves), output / "figures" / "curves.png")
-    command = shlex.join(
-        [
-            "python" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name,
-            *sys.argv[sys.argv[0].endswith(".py") is False :],
-        ]
-    )
+    is_script = sys.argv[0].endswith(".py")
+    words = ["python", *sys.argv] if is_script else [Path(sys.argv[0]).name, *sys.argv[1:]]
     report = write_report(
         output / "report.html", title=title, experiment=base, rows=rows, settings=list(space), trials=output / "trials",
-        best=best["trial"], top=facts["scoreboard"]["top"], figures_of_all=pictures, command=command,
+        best=best["trial"], top=facts["scoreboard"]["top"], figures_of_all=pictures, command=shlex.join(words),
         facts={**facts["data"], "source": base.data.path or "the simulated assay"},
     )  # fmt: skip
     if target is not None:
-        summary = {f"best.{name}": best[name] for name in ("score", "flip_rate", "disentanglement", "ssim")}
+        summary = {f"best.{name}": best[name] for name in ("score", *OBJECTIVES)}
         summary |= {"trials.finished": len(rows), "seconds": result.seconds}
         files = [output / "scoreboard.parquet", report, *sorted((output / "figures").glob("*.png"))]
         tracking.close_sweep(

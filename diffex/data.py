@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +131,14 @@ class ImageStore:
         return Batch(x, torch.from_numpy(self.labels[rows]).to(device), torch.from_numpy(rows))
 
 
+@lru_cache(maxsize=4)
+def _shuffle(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """An epoch's order: drawn once, not at every step of it."""
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.setflags(write=False)
+    return order
+
+
 def sample_rows(rows: NDArray[np.int64], batch_size: int, seen: int, seed: int) -> NDArray[np.int64]:
     """The batch of rows that follows ``seen`` images: epoch after epoch of seeded shuffles.
 
@@ -138,7 +147,7 @@ def sample_rows(rows: NDArray[np.int64], batch_size: int, seen: int, seed: int) 
     taken: list[NDArray[np.int64]] = []
     while sum(map(len, taken)) < batch_size:
         epoch, at = divmod(seen + sum(map(len, taken)), len(rows))
-        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        order = _shuffle(len(rows), seed, epoch)
         taken.append(rows[order[at : at + batch_size - sum(map(len, taken))]])
     return np.concatenate(taken)
 

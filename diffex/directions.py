@@ -309,10 +309,6 @@ class Objective:
             parts["moved"], parts["moved_mean"] = share.max().detach(), share.mean().detach()
         return loss, parts
 
-    @property
-    def needs_responses(self) -> bool:
-        return needs_responses(self.settings)
-
 
 def needs_responses(s: Directions) -> bool:
     """Whether these settings look at images or at the classifier."""

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
 from diffex.config import Experiment, describe
-from diffex.scoreboard import METRICS, pareto_front
+from diffex.scoreboard import METRICS, OBJECTIVES, pareto_front
 from diffex.version import __version__
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def write_report(
         facts: of the data and of the classifier: ``images``, ``class_names``, ``channels``, ``split_by``, ``source``.
     """
     ordered = sorted(rows, key=lambda r: -r.get("score", 0.0))
-    front = pareto_front(ordered, ("flip_rate", "disentanglement", "ssim"))
+    front = pareto_front(ordered, OBJECTIVES)
     row = next(r for r in ordered if r["trial"] == best)
     folder = trials / best
     columns = [c for c in COLUMNS if c in row]

@@ -19,6 +19,9 @@ from diffex import assay, metrics
 from diffex.config import Experiment
 from diffex.ranking import EffectArrays, arrays, baseline, rank
 
+OBJECTIVES = ("flip_rate", "disentanglement", "ssim")
+"""What a sweep raises, and its Pareto front weighs."""
+
 METRICS = {
     "flip_rate": "share of held-out source images that the first-ranked direction flips to the target, at a shift no "
     "longer than the class-mean difference; 0 where no reconstruction is left to flip",

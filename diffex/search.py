@@ -30,11 +30,10 @@ from diffex.config import Experiment, digest, flat, from_dict, to_dict
 from diffex.errors import UserError
 from diffex.pipeline import Outcome, ensure, nobody, stage_digests
 from diffex.progress import Board, FileMeter
-from diffex.scoreboard import overall_score, partial_scores
+from diffex.scoreboard import OBJECTIVES, overall_score, partial_scores
 from diffex.stages import EFFECTS_SO_FAR, Observe
 from diffex.store import Store
 
-OBJECTIVES = ("flip_rate", "disentanglement", "ssim")
 SHARED = ("warmup", "ruler")  # what trials with equal data have in common, computed before they start
 
 
@@ -379,7 +378,7 @@ def finish_trial(
 
 
 def write_run_record(folder: Path, experiment: Experiment, outcome: Outcome) -> None:
-    """What ``diffex.load`` needs to find an explanation again: all settings, and where each stage lies."""
+    """What ``load_explainer`` needs to find an explanation again: all settings, and where each stage lies."""
     (folder / "experiment.json").write_text(json.dumps(to_dict(experiment), indent=1), encoding="utf-8")
     stages = {stage: str(entry.path) for stage, entry in outcome.entries.items()}
     (folder / "stages.json").write_text(json.dumps(stages, indent=1), encoding="utf-8")

@@ -17,7 +17,6 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -320,7 +319,7 @@ class DirectionsTask:
         self.optimiser = torch.optim.Adam(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
 
     def step(self, seen: int) -> dict[str, Tensor]:
-        rows = torch.from_numpy(sample_rows(_range(len(self.coordinates)), self.batch_size, seen, self.seed))
+        rows = torch.from_numpy(sample_rows(np.arange(len(self.coordinates)), self.batch_size, seen, self.seed))
         loss, parts = self.objective(self.coordinates[rows], rows.to(self.coordinates.device))
         _descend(self.optimiser, loss, self.settings.learning_rate)
         return parts
@@ -328,10 +327,6 @@ class DirectionsTask:
     def tensors(self) -> dict[str, Tensor]:
         modules = [*_named("models", self.models), *_named("projector", self.projector)]
         return dict([*modules, *_optimiser_tensors(self.optimiser)])
-
-
-def _range(count: int) -> NDArray[np.int64]:
-    return np.arange(count)
 
 
 def regression_loss(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
