@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffex.config import Experiment, describe, digest, flat, idle_settings, load, parse_settings, recipes
+from diffex.config import Experiment, idle_settings, load, recipes
 from diffex.errors import UserError
+from diffex.settings import describe, digest, flat, parse_settings
 from diffex.version import __version__
 
 HOME = Path("diffex-output")

@@ -16,10 +16,11 @@ from typing import Any
 
 import ray
 
-from diffex.config import Experiment, from_dict, to_dict
+from diffex.config import Experiment, from_dict
 from diffex.errors import UserError
 from diffex.pipeline import ensure, stage_digests
 from diffex.progress import FileMeter
+from diffex.settings import to_dict
 from diffex.store import Store
 
 

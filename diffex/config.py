@@ -7,32 +7,14 @@ them.  ``diffex config`` prints all of this with the documentation below.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import hashlib
-import json
-import math
-import types
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Union
-
-import yaml
+from typing import Any
 
 from diffex.errors import UserError, did_you_mean
-
-
-def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
-            choices: tuple[str, ...] | None = None) -> Any:  # fmt: skip
-    """A dataclass field with documentation, bounds (inclusive, element by element for tuples) and allowed words."""
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
+from diffex.settings import build, flat, read_yaml, replaced, setting
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The settings
@@ -229,19 +211,7 @@ class Experiment:
         Raises:
             UserError: an unknown name (the message names the nearest valid one) or a value out of range.
         """
-        tree = to_dict(self)
-        for name, value in settings.items():
-            section, _, key = name.partition(".")
-            if section not in tree:
-                raise UserError(f"unknown setting {name!r}: {_nearest(name)}")
-            if not key:
-                raise UserError(
-                    f"{name!r} is a section; name one of its settings, e.g. {name}.{next(iter(tree[name]))}"
-                )
-            if key not in tree[section]:
-                raise UserError(f"unknown setting {name!r}: {_nearest(name)}")
-            tree[section][key] = value
-        return from_dict(tree)
+        return replaced(self, settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,26 +290,7 @@ def idle_settings(e: Experiment) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Dictionaries, files, digests
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    """Plain nested dictionaries of any settings object: tuples become lists."""
-    return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(settings))))
-
-
-def flat(e: Experiment) -> dict[str, Any]:
-    """Dotted name -> value of every setting."""
-    return {f"{s}.{k}": v for s, section in to_dict(e).items() for k, v in section.items()}
-
-
-def digest(value: Any) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of a value's canonical JSON."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = to_dict(value)
-        value.get("run", {}).pop("device", None)  # where it ran does not matter
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+# Files
 
 
 def from_dict(tree: Mapping[str, Any]) -> Experiment:
@@ -348,25 +299,7 @@ def from_dict(tree: Mapping[str, Any]) -> Experiment:
     Raises:
         UserError: an unknown key (with the nearest valid one), a wrong type, a value out of range.
     """
-    sections: dict[str, Any] = {}
-    hints = typing.get_type_hints(Experiment)
-    for section, values in tree.items():
-        if section not in hints:
-            raise UserError(f"unknown section {section!r}: {did_you_mean(str(section), hints)}")
-        if not isinstance(values, Mapping):
-            raise UserError(f"section {section!r} must hold settings (key: value), got {values!r}")
-        kind = hints[section]
-        types_ = typing.get_type_hints(kind)
-        for key in values:
-            if key not in types_:
-                raise UserError(f"unknown setting '{section}.{key}': {_nearest(f'{section}.{key}')}")
-        checked = {
-            f.name: _check(types_[f.name], values[f.name], f"{section}.{f.name}", f.metadata)
-            for f in fields(kind)
-            if f.name in values
-        }
-        sections[section] = kind(**checked)
-    return Experiment(**sections)
+    return build(Experiment, tree)
 
 
 def load(recipe: str | Path = "assay", settings: Mapping[str, Any] | None = None) -> Experiment:
@@ -388,13 +321,7 @@ def load(recipe: str | Path = "assay", settings: Mapping[str, Any] | None = None
         text = (resources.files("diffex") / "recipes" / f"{recipe}.yaml").read_bytes()
     else:
         raise UserError(f"unknown recipe {str(recipe)!r}: {did_you_mean(str(recipe), recipes())} or give a .yaml file")
-    try:
-        tree = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"recipe {str(recipe)!r} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, Mapping):
-        raise UserError(f"recipe {str(recipe)!r} must hold sections such as 'autoencoder:', got {type(tree).__name__}")
-    experiment = from_dict(tree)
+    experiment = from_dict(read_yaml(text, f"recipe {str(recipe)!r}"))
     return experiment.with_settings(settings) if settings else experiment
 
 
@@ -402,99 +329,3 @@ def recipes() -> tuple[str, ...]:
     """Names of the recipes that come with diffex."""
     folder = resources.files("diffex") / "recipes"
     return tuple(sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")))
-
-
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """Turn ``["a.b=v", ...]`` into dotted settings; v is read as YAML, so ``[1, 2]``, ``null`` and ``true`` work."""
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.strip():
-            raise UserError(f"--set takes a.b=v, got {pair!r}")
-        try:
-            settings[name.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # 2020-13-45 looks like a date
-            raise UserError(f"--set {name.strip()}: {value!r} is not a YAML value; quote it") from None
-    return settings
-
-
-def describe(e: Experiment) -> str:
-    """The experiment as YAML, each setting with its documentation as a comment."""
-    lines = []
-    for section in fields(e):
-        part = getattr(e, section.name)
-        lines.append(f"{section.name}:  # {(type(part).__doc__ or '').strip()}")
-        for f in fields(part):
-            value = yaml.safe_dump(to_dict(part)[f.name], default_flow_style=True, allow_unicode=True, width=10_000)
-            text = f"  {f.name}: {value.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
-            choices = f.metadata.get("choices")
-            doc = f.metadata["doc"] + (f" ({' | '.join(choices)})" if choices else "")
-            lines.append(f"{text:<43} # {doc}")
-    return "\n".join(lines) + "\n"
-
-
-def _nearest(name: str) -> str:
-    """The nearest full dotted name: first within the section, then anywhere."""
-    section, _, key = name.partition(".")
-    every = [n for n in flat(Experiment()) if "." in n]
-    sections = {n.split(".")[0] for n in every}
-    if section not in sections:  # misspelt, or left out
-        same = [n for n in every if not key and n.endswith(f".{section}")]
-        near = difflib.get_close_matches(name, every, n=1)
-        return f"did you mean {(same or near)[0]!r}?" if same or near else did_you_mean(section, sections)
-    here = [n.split(".", 1)[1] for n in every if n.startswith(section + ".")]
-    hint = did_you_mean(key, here)
-    if hint.startswith("did"):
-        return f"did you mean '{section}.{hint.split(chr(39))[1]}'?"
-    elsewhere = [n for n in every if n.endswith("." + key)]
-    return f"did you mean {elsewhere[0]!r}?" if elsewhere else hint
-
-
-def _check(kind: Any, value: Any, name: str, rules: Mapping[str, Any]) -> Any:
-    """Turn a YAML value into the type of the setting, within its bounds."""
-
-    def wrong(expected: str) -> UserError:
-        return UserError(f"{name} must be {expected}, got {value!r}")
-
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _check(next(a for a in args if a is not types.NoneType), value, name, rules)
-    if origin is tuple:
-        if args[0] is str and isinstance(value, str):  # 'DNA,actin' for ["DNA", "actin"]
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if not isinstance(value, list | tuple):
-            raise wrong(f"a list, e.g. --set {name}='[{'a, b' if args[0] is str else '1, 2'}]'")
-        return tuple(_check(args[0], v, name, rules) for v in value)  # bounds and words hold for every element
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise wrong("a mapping")
-        return {str(k): _check(args[1], v, f"{name}.{k}", {}) for k, v in value.items()}
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise wrong("true or false")
-        return value
-    if kind is str:
-        if isinstance(value, int | float) and not isinstance(value, bool):  # a class called 1
-            value = str(value)
-        if not isinstance(value, str):
-            raise wrong("a word")
-        if rules.get("choices") and value not in rules["choices"]:
-            raise UserError(f"{name} = {value!r}: {did_you_mean(value, rules['choices'])}")
-        return value
-    if isinstance(value, str):  # YAML reads 1e-4 as a word
-        try:
-            value = float(value)
-        except ValueError:
-            raise wrong("a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise wrong("a number")
-    if kind is int and float(value) != int(value):
-        raise wrong("a whole number")
-    value = int(value) if kind is int else float(value)
-    low, high = rules.get("low"), rules.get("high")
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        raise wrong(bounds)
-    return value

@@ -23,11 +23,12 @@ from typing import Any
 from diffex import assay, stages
 from diffex.classifier import is_given
 from diffex.compute import Compute
-from diffex.config import Experiment, digest, from_dict, to_dict
+from diffex.config import Experiment, from_dict
 from diffex.data import Progress
 from diffex.directions import DirectionSet, needs_responses
 from diffex.errors import UserError, did_you_mean
 from diffex.explain import Explainer
+from diffex.settings import digest, to_dict
 from diffex.store import Entry, Store
 from diffex.version import __version__
 

@@ -14,8 +14,9 @@ import jinja2
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
-from diffex.config import Experiment, describe
+from diffex.config import Experiment
 from diffex.scoreboard import METRICS, OBJECTIVES, pareto_front
+from diffex.settings import describe
 from diffex.version import __version__
 
 if TYPE_CHECKING:

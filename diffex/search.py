@@ -26,11 +26,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from diffex import tracking
 from diffex.cluster import Resources, compute_all, connected, use_threads
-from diffex.config import Experiment, digest, flat, from_dict, to_dict
+from diffex.config import Experiment, from_dict
 from diffex.errors import UserError
 from diffex.pipeline import Outcome, ensure, nobody, stage_digests
 from diffex.progress import Board, FileMeter
 from diffex.scoreboard import OBJECTIVES, overall_score, partial_scores
+from diffex.settings import digest, flat, to_dict
 from diffex.stages import EFFECTS_SO_FAR, Observe
 from diffex.store import Store
 

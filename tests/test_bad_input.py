@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffex.cli import claim_output, main
-from diffex.config import Experiment, digest, flat, load, parse_settings
+from diffex.config import Experiment, load
 from diffex.errors import UserError
+from diffex.settings import digest, flat, parse_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 

@@ -11,22 +11,9 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from diffex.config import (
-    Autoencoder,
-    Data,
-    Experiment,
-    Run,
-    describe,
-    digest,
-    flat,
-    from_dict,
-    idle_settings,
-    load,
-    parse_settings,
-    recipes,
-    to_dict,
-)
+from diffex.config import Autoencoder, Data, Experiment, Run, from_dict, idle_settings, load, recipes
 from diffex.errors import UserError
+from diffex.settings import describe, digest, flat, parse_settings, to_dict
 
 
 def changed(**settings: Any) -> Experiment:
@@ -263,7 +250,10 @@ def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_a_digest_is_the_same_in_another_process() -> None:
     """Hash randomisation must not reach it: other processes find results by it."""
-    code = "from diffex.config import digest, load; print(digest(load('assay', {'data.size': 64})))"
+    code = (
+        "from diffex.config import load; from diffex.settings import digest; "
+        "print(digest(load('assay', {'data.size': 64})))"
+    )
     here = Path(__file__).resolve().parents[1]
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
     assert other.stdout.strip() == digest(load("assay", {"data.size": 64}))

@@ -16,7 +16,9 @@ PACKAGE = Path(diffex.__file__).parent
 TABLE = {
     "version": "",
     "errors": "",
-    "config": "yaml",
+    "settings": "yaml",
+    "config": "",
+    "screen": "",
     "compute": "torch",
     "assay": "numpy",
     "readers": "numpy pyarrow PIL tifffile",

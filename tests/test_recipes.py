@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from diffex.config import Experiment, flat, load, recipes
+from diffex.config import Experiment, load, recipes
 from diffex.pipeline import stage_digests
+from diffex.settings import flat
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from diffex import assay
-from diffex.config import load, to_dict
+from diffex.config import load
 from diffex.data import ImageStore
 from diffex.errors import UserError
 from diffex.pipeline import Outcome, ensure, load_explainer
 from diffex.ranking import EffectArrays
 from diffex.scoreboard import METRICS, describe, describe_change, overall_score, pareto_front, partial_scores
+from diffex.settings import to_dict
 from diffex.store import Store
 
 TINY = load(Path(__file__).with_name("tiny.yaml"))
