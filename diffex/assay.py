@@ -319,28 +319,27 @@ def draw(plan: Plan, size: int, indices: Sequence[int] | None = None) -> Iterato
 
 
 @lru_cache(maxsize=4)
-def _textures(size: int) -> dict[str, Array]:
-    """Band-limited periodic noise, 16 tiles a kind, each 2 fields wide, mean 0, standard deviation 1."""
+def _textures(size: int, side: int) -> dict[str, Array]:
+    """Band-limited periodic noise, 16 tiles a kind, each 2 scenes wide, mean 0, standard deviation 1."""
+    end = 2 * size + side
     rng = np.random.default_rng(20250209)
-    side = 2 * size
-    fy, fx = np.meshgrid(np.fft.fftfreq(side) * side, np.fft.rfftfreq(side) * side, indexing="ij")
+    period = 2 * size
+    fy, fx = np.meshgrid(np.fft.fftfreq(period) * period, np.fft.rfftfreq(period) * period, indexing="ij")
     radius = np.hypot(fx, fy)  # cycles per tile, so the scene keeps its grain at every image size
     bank = {}
     for name, cycles in {"fine": 15.0, "coarse": 7.0, "broad": 2.5}.items():
         band = np.exp(-(((radius - cycles) / (0.5 * cycles)) ** 2))
-        tile = np.fft.irfft2(band * np.exp(2j * np.pi * rng.uniform(size=(16, *radius.shape))), s=(side, side))
+        tile = np.fft.irfft2(band * np.exp(2j * np.pi * rng.uniform(size=(16, *radius.shape))), s=(period, period))
         tile = tile / tile.std(axis=(1, 2), keepdims=True)
-        bank[name] = np.concatenate([np.concatenate([tile, tile], 1)] * 2, 2)[:, : 3 * size, : 3 * size].astype(
-            np.float32
-        )
+        bank[name] = np.concatenate([np.concatenate([tile, tile], 1)] * 2, 2)[:, :end, :end].astype(np.float32)
     return bank
 
 
-def _texture(kind: str, code: NDArray[np.int64], size: int) -> Array:
-    """Cut one (size, size) window per code (b,) out of the tiles: tile number and offsets are digits of the code."""
-    tiles = _textures(size)[kind]
-    windows = np.lib.stride_tricks.sliding_window_view(tiles, (size, size), axis=(1, 2))
-    scale = np.float64(2 * size) / 4096  # offsets in fields, not pixels: the same scene at every size
+def _texture(kind: str, code: NDArray[np.int64], size: int, side: int) -> Array:
+    """Cut one (side, side) window per code (b,) out of the tiles: tile number and offsets are digits of the code."""
+    tiles = _textures(size, side)[kind]
+    windows = np.lib.stride_tricks.sliding_window_view(tiles, (side, side), axis=(1, 2))
+    scale = np.float64(2 * size) / 4096  # offsets in scenes, not pixels: the same scene at every size
     oy, ox = (code // 16 % 4096 * scale).astype(np.int64), (code // 65536 % 4096 * scale).astype(np.int64)
     return windows[code % 16, oy, ox]
 
@@ -361,10 +360,32 @@ def _column(x: NDArray) -> Array:
     return np.asarray(x, np.float32)[..., None, None]
 
 
-def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Cells as they are, before light, gain, background and noise.
+
+    Attributes:
+        planes: (b, C, side, side) float32, about 0 to 1.
+        radius: (b, side, side) distance from the cell's centre, 1 on its outline.
+        body: (b, side, side) 1 inside the cell, 0 outside.
+        nuclei: two of (b, side, side), 1 inside the first and second nucleus; twice the same where there is one.
+    """
+
+    planes: Array
+    radius: Array
+    body: Array
+    nuclei: tuple[Array, Array]
+
+
+def scene(plan: Plan, size: int, index: NDArray[np.int64], *, side: int | None = None, alone: bool = False) -> Scene:
+    """Draw cells ``index`` (b,), size pixels to 2 units, on ``side`` (default: size, at most twice that) pixels.
+
+    ``alone`` leaves out the neighbours that reach in from the border.
+    """
+    side = side or size
     value = {name: _column(f.physical(plan.scores[index, i])) for i, (name, f) in enumerate(FACTORS.items())}
     n: dict[str, NDArray] = {name: x[index] for name, x in plan.nuisance.items()}
-    at = ((np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
+    at = ((np.arange(side, dtype=np.float32) + 0.5) * (2.0 / size) - side / size).astype(np.float32)
     gx, gy = at[None, None, :], at[None, :, None]
     soft = _column(2.2 / size + n["focus"])
     sharp = _column(1.0 / (1.0 + 60.0 * n["focus"] ** 1.5))  # out of focus, fine structure fades
@@ -387,7 +408,7 @@ def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.u
 
     # Two neighbours reach in from the border; the cell lies above them.
     beside, beside_nucleus = np.zeros_like(body), np.zeros_like(body)
-    for k in range(2):
+    for k in range(0 if alone else 2):
         angle, distance = n["neighbour_angle"][:, k], n["neighbour_distance"][:, k]
         nx, ny = gx - _column(distance * np.cos(angle)), gy - _column(distance * np.sin(angle))
         away = np.sqrt(nx * nx + ny * ny)
@@ -402,25 +423,25 @@ def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.u
     ox, oy = apart * _column(np.cos(n["nucleus"][:, 2])), apart * _column(np.sin(n["nucleus"][:, 2]))
     tilt, long = n["nucleus"][:, 3], _column(np.sqrt(n["nucleus"][:, 4]))
     tc, ts = _column(np.cos(tilt)), _column(np.sin(tilt))
-    nucleus = np.zeros_like(body)
+    nuclei = []
     for sign in (-1.0, 1.0):
         qx, qy = px + sign * ox, py + sign * oy
         u, v = (qx * tc + qy * ts) / long, (qy * tc - qx * ts) * long
-        nucleus = np.maximum(nucleus, _edge(radius - np.sqrt(u * u + v * v), soft))
-    nucleus *= body
+        nuclei.append(_edge(radius - np.sqrt(u * u + v * v), soft) * body)
+    nucleus = np.maximum(nuclei[0], nuclei[1])
 
     planes = []
     for channel in plan.channels:
         if channel == "DNA":
-            grain = _texture("coarse", n["texture"][:, 0], size) * (value["chromatin_texture"] * sharp)
+            grain = _texture("coarse", n["texture"][:, 0], size, side) * (value["chromatin_texture"] * sharp)
             plane = nucleus * (0.66 + 0.6 * grain) + 0.58 * beside_nucleus
         elif channel == "tubulin":
-            ridge = 1.0 - np.abs(_texture("fine", n["texture"][:, 1], size)) * (0.34 * sharp)
+            ridge = 1.0 - np.abs(_texture("fine", n["texture"][:, 1], size, side)) * (0.34 * sharp)
             near = 0.50 + 0.85 * _bump((r - 0.30) * 1.3)
             plane = body * (0.08 + value["microtubule_density"] * near * ridge * (1.0 - 0.45 * nucleus))
             plane += beside * (0.08 + 0.30 * ridge)
         elif channel == "actin":
-            uneven = _texture("broad", n["texture"][:, 2], size)
+            uneven = _texture("broad", n["texture"][:, 2], size, side)
             rim = _bump((r - 0.93) * cell / (0.055 + soft)) * (1.0 + 0.22 * uneven)
             stripes = np.square(np.maximum(0.0, np.sin(15.0 * y + 1.3 * uneven)))
             plane = body * (0.13 + value["actin_fibres"] * sharp * stripes * (1.3 - r)) + value["actin_rim"] * rim
@@ -436,12 +457,19 @@ def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.u
                 plane = plane + 0.55 * _bump((sx * sx + sy * sy) / (0.055 + soft) ** 2) * _column(g[:, 15 + k])
             plane = plane * np.maximum(body, 0.25)
         else:  # mitochondria
-            threads = np.maximum(0.0, 0.5 + 0.8 * _texture("fine", n["texture"][:, 3], size) * sharp)
+            threads = np.maximum(0.0, 0.5 + 0.8 * _texture("fine", n["texture"][:, 3], size, side) * sharp)
             ring = _bump((r - 0.55) * 2.2) * (1.0 - 0.85 * nucleus)
             plane = body * (0.06 + value["mitochondria_mass"] * ring * threads) + beside * (0.06 + 0.15 * threads)
         planes.append(plane)
+    return Scene(planes=np.stack(planes, axis=1), radius=r, body=body, nuclei=(nuclei[0], nuclei[1]))
 
-    image = np.stack(planes, axis=1)
+
+def _draw_chunk(plan: Plan, size: int, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Draw cells ``index`` (b,) as their camera sees them: (b, C, size, size)."""
+    image = scene(plan, size, index).planes
+    n: dict[str, NDArray] = {name: plan.nuisance[name][index] for name in ("illumination", "gain", "background")}
+    at = ((np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
+    gx, gy = at[None, None, :], at[None, :, None]
     which = [CHANNELS.index(channel) for channel in plan.channels]
     alpha, slope = n["illumination"][:, 0], n["illumination"][:, 1]
     light = 1.0 + _column(slope * np.cos(alpha)) * gx + _column(slope * np.sin(alpha)) * gy
