@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffex import data_cli
 from diffex.config import Experiment, idle_settings, load, recipes
 from diffex.errors import UserError
 from diffex.settings import describe, digest, flat, parse_settings
@@ -19,7 +20,7 @@ HOME = Path("diffex-output")
 
 VERBS = {
     "data": (
-        "read and split the images into a store; draw a contact sheet",
+        "ingest, inspect, measure or simulate a screen; alone: read and split an experiment's images",
         "diffex data --data cells/ --set data.size=64",
     ),
     "fit": ("train (or load) the classifier, and train the autoencoder", "diffex fit --set autoencoder.lambda1=0.3"),
@@ -49,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_experiment_options(verb)
         if name != "config":
             add_place_options(verb, "run")
+        if name == "data":
+            data_cli.add_verbs(verb)
     options = parser.parse_args(argv)
+    if options.verb == "data" and options.data_verb is not None:
+        return guarded(lambda: data_cli.run_data_verb(options))
     return guarded(lambda: _config(options) if options.verb == "config" else _run_verb(options))
 
 
@@ -71,7 +76,7 @@ def add_experiment_options(parser: argparse.ArgumentParser) -> None:
         "--recipe", default="assay", help=f"recipe: {', '.join(recipes())}, or a YAML file (default: assay)"
     )
     parser.add_argument(
-        "--data", help="folder with one sub-folder per class, or Parquet file (default: simulated assay)"
+        "--data", help="ingested store, folder of classes, Parquet file, ... (default: simulated assay)"
     )
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="a.b=v", help="replace a setting; repeatable"
@@ -177,7 +182,7 @@ def _run_verb(options: argparse.Namespace) -> int:
     bars.close()
     print(f"computed: {', '.join(outcome.paid) or 'nothing'}; reused: {', '.join(outcome.reused) or 'nothing'}")
     if options.verb == "data":
-        _show_data(outcome, output)
+        _show_data(experiment, outcome, output)
     elif options.verb == "fit":
         _show_fit(outcome)
     elif options.verb == "directions":
@@ -191,12 +196,12 @@ def _run_verb(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show_data(outcome: Any, output: Path) -> None:
+def _show_data(experiment: Experiment, outcome: Any, output: Path) -> None:
     from diffex.data import ImageStore
     from diffex.figures import image_grid
     from diffex.report import save_figure, unit_words
 
-    store, facts = ImageStore(outcome["data"].path), outcome["data"].facts
+    store, facts = ImageStore(outcome["data"].path, origin=experiment.data.path), outcome["data"].facts
     for part, counts in facts["counts"].items():
         print(f"{part:<6} " + "  ".join(f"{name}: {n}" for name, n in zip(facts["class_names"], counts, strict=True)))
     rows = {name: store.pixels((store.labels == i).nonzero()[0][:12]) for i, name in enumerate(store.info.class_names)}

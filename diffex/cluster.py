@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,36 @@ def use_threads(cpus: float) -> None:
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
+
+
+def run_tasks(task: Callable[[Any, Any], Any], job: Any, items: Sequence[Any], *, workers: int) -> Iterator[Any]:
+    """Run ``task(job, item)`` for every item as Ray tasks of one CPU each, and yield the results as they come.
+
+    Args:
+        task: a function of a module that every node has; safe to repeat, for a lost worker's task runs again.
+        job: what all tasks share; it travels to a node once.
+        items: one task each.
+        workers: tasks that run at a time.
+    """
+    shared = ray.put(job)
+    remote = ray.remote(num_cpus=1, max_retries=3)(_call)
+    queue = iter(items)
+    waiting: list[Any] = []
+    try:
+        while True:
+            waiting += [remote.remote(task, shared, item) for item in islice(queue, workers - len(waiting))]
+            if not waiting:
+                return
+            ready, waiting = ray.wait(waiting, num_returns=1)
+            yield ray.get(ready[0])
+    finally:
+        for left in waiting:
+            ray.cancel(left, force=False)
+
+
+def _call(task: Callable[[Any, Any], Any], job: Any, item: Any) -> Any:
+    use_threads(1)
+    return task(job, item)
 
 
 def compute_all(

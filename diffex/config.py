@@ -24,7 +24,8 @@ from diffex.settings import build, flat, read_yaml, replaced, setting
 class Data:
     """Which images, and how they are cut into training, validation and test images."""
 
-    path: str | None = setting(None, "folder with one sub-folder per class, or Parquet file; null: the simulated assay")
+    path: str | None = setting(None, "ingested store, folder of classes, Parquet file, ...; null: the simulated assay")
+    class_column: str | None = setting(None, "metadata column that holds the class; null: the source's own")
     classes: tuple[str, ...] = setting((), "class names to use; empty: all")
     channels: tuple[str, ...] = setting((), "channels to use, by name or number; empty: all (assay: its default)")
     channel_names: tuple[str, ...] = setting((), "names of the file's channels, in order; empty: as the file says")
@@ -33,7 +34,8 @@ class Data:
         (), "intensities mapped to -1 and 1; empty: 0..255 for 8 bit, else the 0.1 and 99.9 % quantiles per channel"
     )
     split_by: tuple[str, ...] = setting(
-        ("auto",), "metadata columns whose groups stay in one part; auto: plate and well, donor, ...; empty: by image"
+        ("auto",),
+        "columns whose groups stay in one part; auto: as ingested, else plate and well, donor, ...; empty: by image",
     )
     valid_fraction: float = setting(0.15, "share of the groups kept for validation", low=0.01, high=0.5)
     test_fraction: float = setting(0.20, "share of the groups kept for testing and explaining", low=0.01, high=0.5)

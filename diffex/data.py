@@ -1,15 +1,21 @@
-"""The image store: one memory-mapped Arrow file of equal-sized images, split into parts, read as batches in [-1, 1].
+"""The image store: memory-mapped Arrow files of equal-sized images, split into parts, read as batches in [-1, 1].
 
-A store is a folder with ``images.arrow`` (columns: image, label, part, ``Metadata_*``, ``Factor_*``) and ``store.json``
-(channels, class names, size, intensity window).  Images keep their own integer type on disk; ``batch`` maps them to
-float32 in [-1, 1], the one range that the rest of the library knows.
+A store is a folder:
+
+    store.json        channels, class names, size, intensity window, and the list of shards
+    index.arrow       a row for each image: label, part, ``Metadata_*``, ``Factor_*``
+    images*.arrow     the shards: the images themselves, one column of bytes
+
+Images keep their own type on disk; ``batch`` maps them to float32 in [-1, 1], the one range that the rest of the
+library knows.  ``diffex data ingest`` writes stores that experiments *view*: such an experiment's own store is an index
+into the shards of the other one, so no pixel is copied.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,25 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffex.config import Assay, Data
-from diffex.errors import UserError, did_you_mean
-from diffex.readers import Source, fit_square, open_source
+from diffex.errors import UserError
+from diffex.splits import PARTS, group_ids
 
-PARTS = ("train", "valid", "test")
-ROWS = 1024  # images in one Arrow record batch
-
-GROUPS = (
-    ("Plate", "Well"),
-    ("Well",),
-    ("Donor",),
-    ("Patient",),
-    ("Subject",),
-    ("Movie",),
-    ("Tile",),
-    ("Slide",),
-    ("Field",),
-)
-"""Metadata columns that 'auto' looks for, in this order: the first that is there keeps its groups in one part."""
+RECORD = "store.json"
+FORMAT = 2
+ROWS = 1024  # images in one Arrow record batch, at most
+BYTES = 64 << 20  # bytes of pixels in one, roughly at most
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: how meters are told; drawn by the driver, silent elsewhere."""
@@ -52,9 +46,26 @@ class Batch(NamedTuple):
     rows: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreInfo:
-    """What ``store.json`` says of a store."""
+    """What ``store.json`` says of a store.
+
+    Attributes:
+        channels: names of the C channels.
+        class_names: sorted; labels index into them.
+        size: side of the images in pixels.
+        dtype: type of the stored pixels.
+        window: for each channel, the stored values that become -1 and 1.
+        count: number of images N.
+        source: what they were made from, for people.
+        split_by: metadata columns whose groups lie in one part each.
+        simulated: drawn by the assay.
+        shards: file name and number of images of each shard, in order.
+        picked: positions of ``channels`` among those of the shards; empty: all, in order.
+        depth: channels of the shards.
+        origin: folder of the store whose shards are viewed; None: the store's own.
+        identity: digest of everything that an ingest was made from; a view remembers that of its origin.
+    """
 
     channels: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -65,41 +76,94 @@ class StoreInfo:
     source: str
     split_by: tuple[str, ...]
     simulated: bool
+    shards: tuple[tuple[str, int], ...]
+    depth: int
+    picked: tuple[int, ...] = ()
+    origin: str | None = None
+    identity: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Write ``store.json``."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
+        (folder / RECORD).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> StoreInfo:
+        """Read ``store.json``.
+
+        Raises:
+            UserError: not a store, damaged, or of another version.
+        """
+        try:
+            raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            if raw.pop("format", 1) != FORMAT:
+                raise UserError(f"image store {str(folder)!r} was written by another version of diffex: make it again")
+            pairs = {key: tuple(tuple(pair) for pair in raw[key]) for key in ("window", "shards")}
+            words = {key: tuple(raw[key]) for key in ("channels", "class_names", "split_by", "picked")}
+            return cls(**{**raw, **pairs, **words})
+        except FileNotFoundError:
+            raise UserError(f"{str(folder)!r} is not an image store: it has no {RECORD}") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"image store {str(folder)!r} is damaged ({RECORD} can't be read): make it again") from None
 
 
 class ImageStore:
     """Open a store for reading; pixels are memory-mapped, so any number of processes share one copy.
 
     Args:
-        path: folder written by ``build_store``.
+        path: folder of the store.
+        origin: where the viewed store lies now, for a view; None: where it lay.
 
     Raises:
-        UserError: not a store.
+        UserError: not a store, damaged, or a view whose pixels are gone.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, origin: str | Path | None = None) -> None:
         self.path = Path(path)
-        if not (self.path / "store.json").is_file():
-            raise UserError(f"{str(path)!r} is not an image store: it has no store.json")
-        raw = json.loads((self.path / "store.json").read_text(encoding="utf-8"))
-        raw["window"] = tuple(tuple(w) for w in raw["window"])
-        for key in ("channels", "class_names", "split_by"):
-            raw[key] = tuple(raw[key])
-        self.info = StoreInfo(**raw)
-        reader = pa.ipc.open_file(pa.memory_map(str(self.path / "images.arrow")))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self.table = pa.Table.from_batches(batches, reader.schema)
-        shape = (-1, len(self.info.channels), self.info.size, self.info.size)
-        self._pixels = [_view(b.column("image"), np.dtype(self.info.dtype)).reshape(shape) for b in batches]
-        self.labels: NDArray[np.int64] = self.table["label"].to_numpy()
-        self.parts = np.asarray(self.table["part"].to_numpy(zero_copy_only=False), dtype=str)
+        self.info = StoreInfo.read(self.path)
+        self.table = _mapped(self.path / "index.arrow")
+        self.labels: NDArray[np.int64] = self.table["label"].to_numpy().astype(np.int64)
+        self.part_numbers: NDArray[np.int8] = self.table["part"].to_numpy()
+        self._base: NDArray[np.int64] | None = None
+        home = self.path
+        if self.info.origin is not None:
+            self._base = self.table["row"].to_numpy()
+            home = Path(origin or self.info.origin)
+            if not (home / RECORD).is_file() or StoreInfo.read(home).identity != self.info.identity:
+                raise UserError(
+                    f"the pixels of {str(self.path)!r} lie in the store {str(home)!r}, which is gone or another one "
+                    "now; put it back, or run the command again with --data where it is"
+                )
+        shape, dtype = (-1, self.info.depth, self.info.size, self.info.size), np.dtype(self.info.dtype)
+        self._pixels = [
+            _view(chunk, dtype).reshape(shape)
+            for name, _ in self.info.shards
+            for chunk in _mapped(home / name)["image"].chunks
+        ]
+        low, high = torch.tensor(self.info.window, dtype=torch.float64).T.reshape(2, -1, 1, 1)
+        self._scale = (2.0 / (high - low)).float()
+        self._shift = (-1.0 - low * 2.0 / (high - low)).float()
+        limits = torch.tensor([np.iinfo(dtype).min, np.iinfo(dtype).max] if dtype.kind == "u" else [-1e38, 1e38])
+        self._leaves = bool(((limits * self._scale + self._shift).abs() > 1.0).any())
+        self._ends = np.cumsum([len(p) for p in self._pixels])
+        if len(self.table) != self.info.count or (
+            self._base is None and int(self._ends[-1] if len(self._ends) else 0) != self.info.count
+        ):
+            raise UserError(f"image store {str(self.path)!r} is damaged: its files hold another number of images")
 
     def __len__(self) -> int:
         return self.info.count
 
+    @property
+    def parts(self) -> NDArray[np.str_]:
+        """Name of each image's part, (N,)."""
+        return np.array(PARTS)[self.part_numbers]
+
     def rows(self, part: str) -> NDArray[np.int64]:
         """Rows of a part ('train', 'valid', 'test'), ascending."""
-        return np.flatnonzero(self.parts == part)
+        return np.flatnonzero(self.part_numbers == PARTS.index(part))
 
     def metadata(self, prefix: str = "Metadata_") -> dict[str, NDArray]:
         """Columns whose names start with ``prefix``, each (N,)."""
@@ -111,24 +175,46 @@ class ImageStore:
         """Number of each image's statistical unit (well, donor, ...; without one, the image itself), (N,)."""
         if not self.info.split_by:
             return np.arange(len(self))
-        return _group_ids({n: self.table[n].to_numpy(zero_copy_only=False) for n in self.info.split_by})
+        return group_ids({n: self.table[n].to_numpy(zero_copy_only=False) for n in self.info.split_by})
 
     def pixels(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray:
         """Images of the rows in the store's own type, (n, C, H, W)."""
         rows = np.asarray(rows, np.int64)
-        out = np.empty((len(rows), *self._pixels[0].shape[1:]), self.info.dtype)
-        chunk = rows // ROWS
-        for k in np.unique(chunk):
-            out[chunk == k] = self._pixels[k][rows[chunk == k] % ROWS]
-        return out
+        base = rows if self._base is None else self._base[rows]
+        chunk = np.searchsorted(self._ends, base, side="right")
+        local = base - np.concatenate([[0], self._ends])[chunk]
+        out = np.empty((len(rows), self.info.depth, self.info.size, self.info.size), self.info.dtype)
+        for i, (k, j) in enumerate(zip(chunk.tolist(), local.tolist(), strict=True)):
+            out[i] = self._pixels[k][j]
+        return out[:, list(self.info.picked)] if self.info.picked else out
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64], device: str | torch.device = "cpu") -> Batch:
         """Images of the rows as float32 in [-1, 1], with labels."""
         rows = np.asarray(rows, np.int64)
         x = torch.from_numpy(self.pixels(rows)).to(device).float()
-        low, high = torch.tensor(self.info.window, dtype=torch.float32, device=device).T.reshape(2, 1, -1, 1, 1)
-        x = ((x - low) * (2.0 / (high - low)) - 1.0).clamp_(-1.0, 1.0)
+        x.mul_(self._scale.to(device)).add_(self._shift.to(device))
+        if self._leaves:
+            x.clamp_(-1.0, 1.0)
         return Batch(x, torch.from_numpy(self.labels[rows]).to(device), torch.from_numpy(rows))
+
+
+def _mapped(file: Path) -> pa.Table:
+    """The Arrow file as a table that lies in its memory map; the file itself is closed, so many can be mapped."""
+    try:
+        with pa.memory_map(str(file)) as opened:
+            return pa.ipc.open_file(opened).read_all()
+    except FileNotFoundError:
+        raise UserError(f"image store {str(file.parent)!r} is damaged: {file.name} is missing; make it again") from None
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"image store {str(file.parent)!r} is damaged: {file.name}: {reason}; make it again") from None
+
+
+def _view(column: pa.FixedSizeBinaryArray, dtype: np.dtype) -> NDArray:
+    """The column's bytes as a flat array, without a copy."""
+    width = column.type.byte_width
+    data = np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width)
+    return data.view(dtype)
 
 
 @lru_cache(maxsize=4)
@@ -153,186 +239,78 @@ def sample_rows(rows: NDArray[np.int64], batch_size: int, seen: int, seed: int) 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Building a store
+# Writing
 
 
-def build_store(data: Data, simulated: Assay, out: Path, progress: Progress | None = None) -> StoreInfo:
-    """Read the images that the settings name, split them, and write them to the folder ``out``.
+class ShardWriter:
+    """Write images to one Arrow file, a record batch at a time, so that memory holds one batch.
 
     Args:
-        data: which images, channels, size and split.
-        simulated: the assay, drawn where ``data.path`` is None.
-        out: an existing empty folder.
-        progress: told of every batch written.
-
-    Returns:
-        What was written.
-
-    Raises:
-        UserError: anything the user must mend, naming the file, row or setting.
+        path: the file.
+        dtype: of the pixels.
+        shape: of an image, (C, H, W).
     """
-    if data.path is None:  # as the warnings about settings without effect say
-        data = replace(data, window=(), channel_names=())
-    source = open_source(data, simulated)
-    rows, class_names = _choose(source, data)
-    split_by = _split_columns(source, data)
-    parts = _split(source, rows, class_names, split_by, data)
-    table = pa.table({
-        "label": np.searchsorted(class_names, source.class_names[rows]).astype(np.int64),
-        "part": pa.array(parts.tolist()),
-        **{name: pa.array(values[rows]) for name, values in source.metadata.items()},
-    })  # fmt: skip
-    writer: _Writer | None = None
-    for name, image in source.images(rows.tolist(), data.size):
-        if writer is None:
-            first, depth = name, image.shape[2]
-            columns, channels = _pick_channels(source, data, depth)
-            writer = _Writer(out / "images.arrow", table, image.dtype, (len(channels), data.size, data.size))
-        if image.shape[2] != depth:
-            raise UserError(f"{name} has {image.shape[2]} channels, but {first} has {depth}: all images need the same")
-        if image.dtype != writer.dtype:
-            raise UserError(
-                f"{name} has {image.dtype} pixels, but {first} has {writer.dtype}: convert them to one type"
-            )
-        writer.add(fit_square(image[..., columns], data.size))
-        if progress and (writer.count % ROWS == 0 or writer.count == len(rows)):
-            progress("data", writer.count, len(rows))
-    assert writer is not None
-    writer.close()
-    info = StoreInfo(
-        channels=channels, class_names=tuple(class_names), size=data.size, dtype=str(writer.dtype),
-        window=_window(data, writer, channels), count=len(rows), source=source.name, split_by=split_by,
-        simulated=data.path is None,
-    )  # fmt: skip
-    (out / "store.json").write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
-    return info
 
-
-class _Writer:
-    """Writes images to Arrow, a record batch at a time; keeps a sample of training pixels for the window."""
-
-    def __init__(self, path: Path, table: pa.Table, dtype: np.dtype, shape: tuple[int, int, int]) -> None:
-        self.dtype, self.table, self.count = np.dtype(dtype), table, 0
-        self.training = np.asarray(table["part"].to_numpy(zero_copy_only=False)) == "train"
-        self.sample: list[NDArray] = []
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self.count = np.dtype(dtype), shape, 0
+        width = int(np.prod(shape)) * self.dtype.itemsize
+        self._binary, self._rows = pa.binary(width), max(1, min(ROWS, BYTES // width))
         self._pending: list[NDArray] = []
-        self._binary = pa.binary(int(np.prod(shape)) * self.dtype.itemsize)
-        self._stream = pa.ipc.new_file(str(path), table.schema.append(pa.field("image", self._binary)))
+        self._stream = pa.ipc.new_file(str(path), pa.schema([pa.field("image", self._binary)]))
 
     def add(self, image: NDArray) -> None:
+        """One image more, (C, H, W)."""
         self._pending.append(image)
-        if self.dtype != np.uint8 and self.training[self.count] and len(self.sample) < 512:
-            self.sample.append(image.reshape(len(image), -1))
         self.count += 1
-        if len(self._pending) == ROWS or self.count == len(self.table):
-            buffer = pa.py_buffer(np.stack(self._pending).tobytes())
-            image_column = pa.FixedSizeBinaryArray.from_buffers(self._binary, len(self._pending), [None, buffer])
-            rows = self.table.slice(self.count - len(self._pending), len(self._pending))
-            self._stream.write_table(rows.append_column("image", image_column))
-            self._pending = []
+        if len(self._pending) == self._rows:
+            self._flush()
 
     def close(self) -> None:
+        """Write what is left and the file's footer."""
+        self._flush()
         self._stream.close()
 
+    def _flush(self) -> None:
+        if self._pending:
+            buffer = pa.py_buffer(np.stack(self._pending).tobytes())
+            images = pa.FixedSizeBinaryArray.from_buffers(self._binary, len(self._pending), [None, buffer])
+            self._stream.write_batch(pa.record_batch([images], names=["image"]))
+            self._pending = []
 
-def _window(data: Data, writer: _Writer, channels: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
-    """Intensities that become -1 and 1, for each channel."""
-    if data.window:
-        return ((data.window[0], data.window[1]),) * len(channels)
-    if writer.dtype == np.uint8:
+
+def write_index(path: Path, tables: Iterator[pa.Table]) -> None:
+    """Write the index of a store, table after table."""
+    writer = None
+    for table in tables:
+        writer = writer or pa.ipc.new_file(str(path), table.schema)
+        writer.write_table(table.combine_chunks())
+    assert writer is not None
+    writer.close()
+
+
+def index_columns(labels: NDArray, parts: NDArray[np.int64]) -> dict[str, NDArray]:
+    """The columns that every index starts with."""
+    return {"label": labels.astype(np.int32), "part": parts.astype(np.int8)}
+
+
+def pixel_window(
+    dtype: np.dtype, sample: Sequence[NDArray], channels: Sequence[str]
+) -> tuple[tuple[float, float], ...]:
+    """Intensities that become -1 and 1 for each channel: 0 and 255, or quantiles 0.1 and 99.9 % of a sample.
+
+    Args:
+        dtype: of the pixels.
+        sample: arrays (C, n) of pixels.
+        channels: names of the C channels.
+
+    Raises:
+        UserError: a channel is constant.
+    """
+    if dtype == np.uint8:
         return ((0.0, 255.0),) * len(channels)
-    values = np.concatenate(writer.sample, axis=1)
+    values = np.concatenate(sample, axis=1)
     low, high = np.quantile(values, 0.001, axis=1), np.quantile(values, 0.999, axis=1)
     for name, a, b in zip(channels, low, high, strict=True):
         if a >= b:
             raise UserError(f"channel {name!r} is constant in the training images; leave it out with data.channels")
     return tuple((float(a), float(b)) for a, b in zip(low, high, strict=True))
-
-
-def _choose(source: Source, data: Data) -> tuple[NDArray[np.int64], list[str]]:
-    """Rows to use, ascending, and the class names, sorted: never the order of a directory or a file."""
-    present = sorted(set(source.class_names.tolist()))
-    for name in data.classes:
-        if name not in present:
-            raise UserError(f"{source.name} has no class {name!r}: {did_you_mean(name, present)} (data.classes)")
-    class_names = sorted(data.classes) if data.classes else present
-    if len(class_names) < 2:
-        raise UserError(f"{source.name} has one class only ({', '.join(class_names)}); a classifier needs two or more")
-    rows = np.flatnonzero(np.isin(source.class_names, class_names))
-    if data.max_per_class is not None:
-        rng = np.random.default_rng(data.seed)
-        by_class = [rows[source.class_names[rows] == name] for name in class_names]
-        rows = np.sort(np.concatenate([rng.permutation(r)[: data.max_per_class] for r in by_class]))
-    return rows, class_names
-
-
-def _pick_channels(source: Source, data: Data, depth: int) -> tuple[list[int], tuple[str, ...]]:
-    """Positions and names of the channels to keep out of ``depth``."""
-    names = data.channel_names or source.channels or {1: ("grey",), 3: ("red", "green", "blue")}.get(depth)
-    names = names or tuple(f"channel {i}" for i in range(depth))
-    if len(names) != depth:
-        raise UserError(f"data.channel_names names {len(names)} channels, but the images have {depth}")
-    if not data.channels:
-        return list(range(depth)), tuple(names)
-    columns = []
-    for channel in data.channels:
-        if channel in names:
-            columns.append(names.index(channel))
-        elif channel.isdecimal() and int(channel) < depth:
-            columns.append(int(channel))
-        else:
-            raise UserError(
-                f"data.channels asks for {channel!r}, but the images have {depth} channels: "
-                f"{', '.join(names)} (or 0 to {depth - 1})"
-            )
-    return columns, tuple(names[c] for c in columns)
-
-
-def _split_columns(source: Source, data: Data) -> tuple[str, ...]:
-    """Full names of the metadata columns whose groups stay together; empty: every image is a group of its own."""
-    lower = {name.removeprefix("Metadata_").lower(): name for name in source.metadata if name.startswith("Metadata_")}
-    if data.split_by == ("auto",):
-        return next(
-            (tuple(lower[n.lower()] for n in names) for names in GROUPS if all(n.lower() in lower for n in names)), ()
-        )
-    missing = [n for n in data.split_by if n.removeprefix("Metadata_").lower() not in lower]
-    if missing:
-        raise UserError(f"data.split_by: {source.name} has no column {missing[0]!r}: {did_you_mean(missing[0], lower)}")
-    return tuple(lower[n.removeprefix("Metadata_").lower()] for n in data.split_by)
-
-
-def _group_ids(columns: dict[str, NDArray]) -> NDArray[np.int64]:
-    keys = ["\x1f".join(map(str, key)) for key in zip(*columns.values(), strict=True)]
-    return np.unique(keys, return_inverse=True)[1].astype(np.int64)
-
-
-def _split(source: Source, rows: NDArray, class_names: list[str], by: tuple[str, ...], data: Data) -> NDArray[np.str_]:
-    """Part of each chosen row.  Whole groups go, in random order, where their classes are missing most."""
-    groups = _group_ids({n: source.metadata[n][rows] for n in by}) if by else np.arange(len(rows))
-    classes = np.searchsorted(class_names, source.class_names[rows])
-    counts = np.zeros((groups.max() + 1, len(class_names)))
-    np.add.at(counts, (groups, classes), 1)
-    share = np.array([1 - data.valid_fraction - data.test_fraction, data.valid_fraction, data.test_fraction])
-    target = share[:, None] * counts.sum(0)[None]
-    filled = np.zeros_like(target)
-    part_of = np.zeros(len(counts), np.int64)
-    for g in np.random.default_rng([data.seed, 1]).permutation(len(counts)):
-        need = ((target - filled) / target * (counts[g] > 0)).sum(1)
-        part_of[g] = int(need.argmax())
-        filled[part_of[g]] += counts[g]
-    for c, name in enumerate(class_names):
-        if (filled[:, c] == 0).any():
-            held = int((counts[:, c] > 0).sum())
-            unit = " and ".join(n.removeprefix("Metadata_") for n in by) or "image"
-            raise UserError(
-                f"class {name!r} has only {held} different {unit} groups: too few for training, validation and test; "
-                f"add images or choose another data.split_by"
-            )
-    return np.array(PARTS)[part_of[groups]]
-
-
-def _view(column: pa.FixedSizeBinaryArray, dtype: np.dtype) -> NDArray:
-    """The column's bytes as a flat array, without a copy."""
-    width = column.type.byte_width
-    data = np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width)
-    return data.view(dtype)

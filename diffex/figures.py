@@ -281,3 +281,124 @@ def settings_effect(rows: Sequence[Mapping[str, Any]], settings: Sequence[str], 
             if j == 0:
                 axes.set_ylabel(measure, fontsize=8)
     return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in a store
+
+
+CLASSES = ("#1f77b4", "#d95f02", "#2a9d57", "#7b5bb5", "#c0392b", "#0f8b8d", "#b5651d", "#d64f9c", "#6b8e23", "#8795a5")
+"""Colours of classes, in their order; they repeat after ten."""
+
+
+def plate_histograms(
+    levels: NDArray[np.floating], histograms: Mapping[str, NDArray[np.floating]], channels: Sequence[str]
+) -> Figure:
+    """Intensities of each channel, a line for each plate: plates that were imaged alike lie on each other.
+
+    Args:
+        levels: (bins,) intensity, 0 black to 1 white.
+        histograms: plate -> (C, bins) share of the pixels.
+        channels: names of the C channels.
+    """
+    columns = min(4, len(channels))
+    rows = -(-len(channels) // columns)
+    figure = Figure(figsize=(3.3 * columns, 2.6 * rows + 0.3), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for c, (axes, name) in enumerate(zip(grid, channels, strict=False)):
+        for i, (plate, shares) in enumerate(histograms.items()):
+            colour = CLASSES[i % len(CLASSES)] if len(histograms) <= len(CLASSES) else INK
+            alpha = 0.9 if len(histograms) <= len(CLASSES) else 0.25
+            axes.plot(levels, 100 * np.maximum(shares[c], 1e-6), lw=1.2, color=colour, alpha=alpha, label=plate)
+        axes.set_yscale("log")
+        axes.set_ylim(1e-3, 120)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("intensity, black 0 to white 1", fontsize=8)
+        axes.tick_params(labelsize=7, which="both")
+        axes.grid(alpha=0.25)
+    grid[0].set_ylabel("% of pixels", fontsize=8)
+    for axes in grid[len(channels) :]:
+        axes.set_visible(False)
+    if 1 < len(histograms) <= len(CLASSES):
+        grid[0].legend(fontsize=7, frameon=False, title="plate", title_fontsize=7)
+    return figure
+
+
+def class_by_plate(wells: NDArray[np.integer], classes: Sequence[str], plates: Sequence[str], unit: str) -> Figure:
+    """Which class lies on which plate: the number of units in each cell of the table, empty where there is none.
+
+    Args:
+        wells: (classes, plates) units.
+        unit: what they are called.
+    """
+    height, width = 0.34 * len(classes) + 1.3, max(5.6, 0.55 * len(plates) + 2.4)
+    figure = Figure(figsize=(min(width, 24), min(height, 24)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(np.ma.masked_equal(wells, 0), cmap="Blues", aspect="auto", vmin=0, vmax=max(1, wells.max()) * 1.6)
+    if wells.size <= 600:
+        for (r, c), n in np.ndenumerate(wells):
+            axes.text(c, r, str(n) if n else "·", ha="center", va="center", fontsize=8, color=INK if n else SOFT)
+    axes.set_xticks(range(len(plates)), plates, rotation=60, ha="right", fontsize=7.5)
+    axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set_xlabel("plate", fontsize=8)
+    axes.set_title(f"{unit} of each class on each plate", fontsize=9, color=INK)
+    return figure
+
+
+def plate_maps(
+    wells: Mapping[tuple[str, str], tuple[str, int]], classes: Sequence[str], most: int = 12
+) -> Figure | None:
+    """Each plate seen from above: the class of every well by colour, the number of its images in it.
+
+    Args:
+        wells: (plate, well such as 'C07') -> (class, images).
+        classes: in the order of their colours.
+        most: plates drawn, at most.
+
+    Returns:
+        The figure; None where no well has a name of letters and digits.
+    """
+    places = {key: place for key in wells if (place := _place(key[1])) is not None}
+    plates = sorted({plate for plate, _ in places})[:most]
+    if not plates:
+        return None
+    rows, columns = 1 + max(r for r, _ in places.values()), 1 + max(c for _, c in places.values())
+    rows, columns = (
+        (8, 12) if rows <= 8 and columns <= 12 else (16, 24) if rows <= 16 and columns <= 24 else (rows, columns)
+    )
+    across = min(3, len(plates))
+    down = -(-len(plates) // across)
+    figure = Figure(figsize=(4.6 * across, 4.2 * rows / columns * 1.15 * down + 0.9), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(down, across)).ravel()
+    for axes, plate in zip(grid, plates, strict=False):
+        for key, (r, c) in ((k, v) for k, v in places.items() if k[0] == plate):
+            who, n = wells[key]
+            axes.scatter(c, r, s=(170 if columns <= 12 else 48), color=CLASSES[classes.index(who) % len(CLASSES)])
+            if columns <= 12:
+                axes.text(c, r, str(n), ha="center", va="center", fontsize=5.5, color="white")
+        axes.set(xlim=(-0.6, columns - 0.4), ylim=(rows - 0.4, -0.6), aspect="equal")
+        shown_columns = range(0, columns, 1 if columns <= 12 else 2)
+        axes.set_xticks(shown_columns, [str(c + 1) for c in shown_columns], fontsize=6)
+        axes.set_yticks(range(rows), [_row_name(r) for r in range(rows)], fontsize=6)
+        axes.tick_params(length=0)
+        axes.set_title(plate, fontsize=8)
+    for axes in grid[len(plates) :]:
+        axes.set_visible(False)
+    shown = list(classes)[: len(CLASSES) * 2]
+    marks = [Line2D([], [], marker="o", ls="", color=CLASSES[i % len(CLASSES)], ms=6) for i in range(len(shown))]
+    figure.legend(marks, shown, fontsize=7.5, frameon=False, loc="outside lower center", ncols=min(5, len(shown)))
+    return figure
+
+
+def _place(well: str) -> tuple[int, int] | None:
+    """Row and column, from 0, of a well called 'C07', 'c7' or 'AB12'."""
+    letters, digits = well.rstrip("0123456789").upper(), well[len(well.rstrip("0123456789")) :]
+    if not digits or not 1 <= len(letters) <= 2 or not all("A" <= letter <= "Z" for letter in letters):
+        return None
+    row = ord(letters[-1]) - 65 + (26 * (ord(letters[0]) - 64) if len(letters) == 2 else 0)
+    return (row, int(digits) - 1) if 1 <= int(digits) <= 48 else None
+
+
+def _row_name(row: int) -> str:
+    return chr(65 + row) if row < 26 else "A" + chr(65 + row - 26)

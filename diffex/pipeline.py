@@ -109,8 +109,13 @@ def _uses_scoreboard(e: Experiment) -> Any:
 
 _NETWORK = ("networks", "diffusion", "model")
 
+_READING = ("paths", "tables", "sources", "arrays", "ome", "listings", "patterns", "layouts")
+
 GRAPH: dict[str, Stage] = {
-    "data": Stage(run=stages.run_data, code=("assay", "readers", "data"), uses=_uses_data),
+    "data": Stage(
+        run=stages.run_data, uses=_uses_data,
+        code=("assay", "readers", *_READING, "splits", "data", "prepare"),
+    ),
     "classifier": Stage(
         run=stages.run_classifier, needs=("data",), code=("networks", "classifier", "train", "metrics"),
         uses=_uses_classifier,

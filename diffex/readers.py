@@ -1,277 +1,266 @@
-"""Where images come from: a folder of classes, a Parquet file, or the simulated assay.
+"""Pixels of one image file: PNG, JPEG, TIFF or NPY to (H, W, C), whatever the ending of its name says.
 
-A source lists its images first (class and metadata, no pixels), so that classes, limits and splits are decided before
-anything is decoded; then it decodes the chosen rows in order, one image in memory at a time.
+The header is read first, so that nothing absurdly large is ever unpacked; whatever a damaged file makes a decoder raise
+becomes one line that names the file.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import IO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
-from diffex import assay
-from diffex.config import Assay, Data
 from diffex.errors import UserError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-MAX_CHANNELS = 5
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
+MAX_CHANNELS = 64
 MAX_VALUES = 1 << 28  # in one image; more is a damaged header
+MAX_BYTES = 1 << 31  # in one file
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how TIFF and BigTIFF files begin
+PNG, JPEG, NPY = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\x93NUMPY"
+PALETTE, DEEP_COLOUR = 3, {2: 3, 4: 1, 6: 3}  # colour types of PNG; those Pillow cuts to 8 bit: channels without alpha
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is told once, in one line
 
 
-class Source(Protocol):
-    """Images with a class and metadata each.
+class Header(NamedTuple):
+    """What a file says of its image, and how to unpack it."""
 
-    Attributes:
-        name: what to call it in messages.
-        class_names: (N,) class of each image.
-        metadata: ``Metadata_*`` (and, for the assay, ``Factor_*``) columns, each (N,).
-        channels: names of the channels, or None where the images themselves must tell.
-    """
-
-    name: str
-    class_names: NDArray[np.str_]
-    metadata: dict[str, NDArray]
-
-    @property
-    def channels(self) -> tuple[str, ...] | None: ...
-
-    def images(self, rows: Sequence[int], size: int) -> Iterator[tuple[str, NDArray]]:
-        """Decode the rows in order: pairs of (name for messages, (H, W, C) array).  ``size`` is what will be asked."""
-        ...
+    height: int
+    width: int
+    channels: int
+    pixels: Callable[[], NDArray]  # (H, W, C)
 
 
-def open_source(data: Data, simulated: Assay) -> Source:
-    """The source that the settings name.
+def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Content of a file.
 
     Raises:
-        UserError: no such path, or nothing readable in it.
+        UserError: it is not there, no plain file, not readable, or larger than ``max_bytes``.
     """
-    if data.path is None:
-        return AssaySource(simulated, data.channels)
-    path = Path(data.path)
-    if not path.exists():
-        raise UserError(f"there is no file or folder {str(path)!r} (data.path)")
-    if path.is_dir():
-        return FolderSource(path)
-    if path.suffix.lower() in (".parquet", ".pq"):
-        return ParquetSource(path)
-    raise UserError(f"{str(path)!r} is neither a folder with one sub-folder per class nor a .parquet file (data.path)")
-
-
-class FolderSource:
-    """A folder with one sub-folder per class, holding PNG, JPEG or TIFF files (in sub-folders too)."""
-
-    channels = None
-
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
-        classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        self.files: list[Path] = []
-        names: list[str] = []
-        for folder in classes:
-            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-            if not files:
-                raise UserError(f"class folder {str(folder)!r} holds no {'/'.join(ENDINGS)} file: remove or fill it")
-            self.files += files
-            names += [folder.name] * len(files)
-        if not classes:
-            raise UserError(f"{str(path)!r} has no sub-folders: put each class's images into a folder of its own")
-        self.class_names = np.array(names)
-        self.metadata = {"Metadata_File": np.array([str(f.relative_to(path)) for f in self.files])}
-
-    def images(self, rows: Sequence[int], size: int) -> Iterator[tuple[str, NDArray]]:
-        for row in rows:
-            file = self.files[row]
-            try:
-                content = file.read_bytes()
-            except OSError as error:
-                raise UserError(f"can't read {str(file)!r}: {error.strerror}") from None
-            yield str(file), decode(content, str(file))
-
-
-class ParquetSource:
-    """A Parquet file with columns ``image`` (encoded bytes), ``label`` and/or ``class_name``, and metadata."""
-
-    channels = None
-
-    def __init__(self, path: Path) -> None:
-        self.name, self.path = str(path), path
-        try:
-            self.file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{str(path)!r} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
-        schema = self.file.schema_arrow
-        if "image" not in schema.names or not {"label", "class_name"} & set(schema.names):
-            raise UserError(
-                f"{str(path)!r} needs a column 'image' (encoded bytes) and 'class_name' or 'label'; "
-                f"it has {', '.join(schema.names)}"
-            )
-        kind = schema.field("image").type
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise UserError(f"column 'image' of {str(path)!r} must hold encoded bytes (PNG, JPEG, TIFF), not {kind}")
-        try:
-            table = self.file.read(columns=[n for n in schema.names if n != "image"])
-        except (pa.ArrowException, OSError) as error:
-            raise self._damaged(error) from None
-        self.class_names = _class_names(table, _stored_names(schema.metadata or {}), self.name)
-        self.metadata = {
-            n if n.startswith("Metadata_") else f"Metadata_{n[:1].upper()}{n[1:]}": table[n].to_numpy(
-                zero_copy_only=False
-            )
-            for n in table.column_names
-            if n not in ("label", "class_name")
-        }
-
-    def images(self, rows: Sequence[int], size: int) -> Iterator[tuple[str, NDArray]]:
-        wanted, first = np.asarray(rows), 0
-        for column in self._columns():
-            here = wanted[(wanted >= first) & (wanted < first + len(column))]
-            for row in here:
-                name = f"{self.path} row {row}"
-                content = column[int(row) - first].as_py()
-                if not content:
-                    raise UserError(f"{name}: the image is empty")
-                yield name, decode(content, name)
-            first += len(column)
-
-    def _columns(self) -> Iterator[pa.Array]:
-        """The image column, a batch at a time."""
-        try:
-            for batch in self.file.iter_batches(batch_size=256, columns=["image"]):
-                yield batch.column(0)
-        except (pa.ArrowException, OSError) as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self.name!r} is damaged: {str(error).splitlines()[0]}; make it again (data.path)")
-
-
-class AssaySource:
-    """The simulated assay: metadata carry the true factors, and pixels are drawn on demand at the size asked for."""
-
-    def __init__(self, settings: Assay, channels: Sequence[str] = ()) -> None:
-        self.name, self.channels = "simulated assay", tuple(channels) or assay.DEFAULT_CHANNELS
-        self.plan = assay.plan(
-            treatments=settings.treatments or assay.DESIGNS[settings.design], channels=self.channels,
-            num_images=settings.num_images, num_plates=settings.num_plates, wells_per_class=settings.wells_per_class,
-            doses=settings.doses, well_sd=settings.well_sd, plate_sd=settings.plate_sd, seed=settings.seed,
-        )  # fmt: skip
-        self.class_names = np.array(self.plan.class_names)[self.plan.labels]
-        self.metadata = dict(self.plan.metadata)
-        for name, column in zip(assay.FACTORS, self.plan.visible_scores().T, strict=True):
-            self.metadata[f"Factor_{name}"] = column
-
-    def images(self, rows: Sequence[int], size: int) -> Iterator[tuple[str, NDArray]]:
-        order = iter(rows)
-        for chunk in assay.draw(self.plan, size, rows):
-            for image in chunk:
-                yield f"cell {next(order)}", image.transpose(1, 2, 0)
-
-
-def _stored_names(metadata: Mapping[bytes, bytes]) -> list[str]:
-    """Names of the labels, where the file's metadata hold a JSON list of them."""
     try:
-        names = json.loads(metadata.get(b"class_names", b"[]"))
-    except ValueError:
-        names = []
-    return names if isinstance(names, list) else []
+        if not path.is_file():
+            reason = "it is no plain file" if path.exists() else "there is no such file"
+            raise UserError(f"can't read {str(path)!r}: {reason}")
+        if path.stat().st_size > max_bytes:
+            raise UserError(f"{str(path)!r} has {path.stat().st_size:,} bytes; read.max_bytes allows {max_bytes:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {str(path)!r}: {error.strerror}") from None
 
 
-def _class_names(table: pa.Table, stored: list[str], source: str) -> NDArray[np.str_]:
-    """Class name of each row: the column ``class_name``, else ``label`` (named by ``stored`` where it is given)."""
-    if "class_name" in table.column_names:
-        names = table["class_name"].to_pylist()
-        if None in names:
-            raise UserError(f"{source}: column 'class_name' is empty in row {names.index(None)}")
-        if "label" in table.column_names:
-            pairs = set(zip(table["label"].to_pylist(), names, strict=True))
-            if len(pairs) != len(set(names)) or len(pairs) != len({label for label, _ in pairs}):
-                raise UserError(f"{source}: columns 'label' and 'class_name' contradict each other; drop one of them")
-        return np.array([str(n) for n in names])
-    labels = table["label"].to_pylist()
-    if None in labels:
-        raise UserError(f"{source}: column 'label' is empty in row {labels.index(None)}")
-    known = dict(enumerate(stored))
-    return np.array([str(known.get(v, v)) if isinstance(v, int) else str(v) for v in labels])
+def decode(content: bytes, name: str, max_values: int = MAX_VALUES) -> NDArray:
+    """Decode a PNG, JPEG, TIFF or NPY file to (H, W, C): uint8, uint16 or float32; alpha is dropped.
+
+    Pages, planes or samples of a TIFF are channels; of an array without names of its axes, the shorter of the first and
+    the last is.
+
+    Args:
+        content: the file's bytes; they alone decide the format.
+        name: what to call the image in messages.
+        max_values: largest number of values, by the header; nothing larger is unpacked.
+
+    Raises:
+        UserError: unreadable, empty, too large, too many channels, or NaN pixels; the message names the image.
+    """
+    try:
+        header = _header(content)
+        check_size((header.height, header.width, header.channels), name, max_values)
+        image = normal(header.pixels(), name)
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged file makes a decoder raise is anybody's guess
+        raise unreadable(name, error) from None
+    return np.ascontiguousarray(image)
+
+
+def depth(content: bytes, name: str) -> int:
+    """Number of channels of an image, from its header; errors are those of ``decode``."""
+    try:
+        return _header(content).channels
+    except Exception as error:
+        raise unreadable(name, error) from None
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """What to tell of an image that a decoder stumbled over, in one line."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"{name}: unreadable image ({reason}); repair or remove it")
+
+
+def check_size(shape: tuple[int, int, int], name: str, max_values: int = MAX_VALUES) -> None:
+    """Refuse an (H, W, C) image that is empty or too large, before any of it is unpacked.
+
+    Raises:
+        UserError: naming the image and the limit.
+    """
+    if prod(shape) == 0:
+        raise UserError(f"{name}: the image is empty")
+    size = " x ".join(f"{n}" for n in shape)
+    if shape[2] > MAX_CHANNELS:
+        raise UserError(f"{name}: {shape[2]} channels; 1 to {MAX_CHANNELS} are possible")
+    if prod(shape) > max_values:
+        raise UserError(
+            f"{name}: the header announces an absurdly large image ({size} values); it was not opened "
+            f"(read.max_values = {max_values})"
+        )
+
+
+def check_tiles(shape: Sequence[int], max_values: int) -> None:
+    """Refuse a file whose tiles, which are unpacked as a whole, are too large.
+
+    Raises:
+        ValueError: naming the limit.
+    """
+    if prod(shape) > max_values:
+        raise ValueError(f"tiles of {' x '.join(map(str, shape))} values; read.max_values = {max_values}")
+
+
+def normal(pixels: NDArray, name: str) -> NDArray:
+    """Pixels as uint8, uint16 or float32 in the machine's byte order; masks become 0 and 255.
+
+    Raises:
+        UserError: complex numbers or objects, NaN or infinite values.
+    """
+    kind = pixels.dtype
+    if kind.kind == "b":
+        return pixels.astype(np.uint8) * np.uint8(255)
+    if kind.kind == "u" and kind.itemsize <= 2:
+        return pixels.astype(kind.newbyteorder("="), copy=False)
+    if kind.kind not in "iuf":
+        raise UserError(f"{name}: pixels of type {kind} are no image; convert them to integers or floats")
+    with np.errstate(over="ignore"):
+        pixels = pixels.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise UserError(f"{name}: NaN or infinite pixels; repair or remove the image")
+    return pixels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pixels
+# Formats
 
 
-def decode(content: bytes, name: str) -> NDArray:
-    """Decode a PNG, JPEG or TIFF file to (H, W, C): uint8, uint16 or float32; alpha is dropped.
+def _header(content: bytes) -> Header:
+    if content[:4] in TIFF:
+        return _tiff(content)
+    if content.startswith(PNG):
+        return _png(content)
+    if content.startswith(JPEG):
+        return _pillow(JpegImagePlugin.JpegImageFile(io.BytesIO(content)))
+    if content.startswith(NPY):
+        return _npy(content)
+    raise ValueError(
+        f"{'not an image' if content else 'no bytes at all'}: not a PNG, JPEG or TIFF file, nor an NPY array"
+    )
+
+
+def _png(content: bytes) -> Header:
+    bits, colour = content[24], content[25]
+    header = _pillow(PngImagePlugin.PngImageFile(io.BytesIO(content)))
+    if bits < 16 or colour not in DEEP_COLOUR:
+        return header
+
+    def pixels() -> NDArray:
+        import imagecodecs
+
+        image = np.asarray(imagecodecs.png_decode(content))
+        return image.reshape(*image.shape[:2], -1)[..., : DEEP_COLOUR[colour]]
+
+    return Header(header.height, header.width, DEEP_COLOUR[colour], pixels)
+
+
+def _pillow(image: ImageFile.ImageFile) -> Header:
+    """An opened PNG or JPEG.  ``Image.open`` would try every format there is, and has a limit of its own."""
+    grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+
+    def pixels() -> NDArray:
+        wanted = "L" if image.mode in ("1", "LA") else image.mode if grey else "RGB"
+        array = np.asarray(image if image.mode == wanted else image.convert(wanted))
+        if array.dtype == np.int32:  # 16-bit PNG opened in mode I
+            array = array.astype(np.uint16)
+        return array.reshape(*array.shape[:2], -1)
+
+    return Header(image.height, image.width, 1 if grey else 3, pixels)
+
+
+def _npy(content: bytes) -> Header:
+    file = io.BytesIO(content)
+    shape, fortran, kind = npy_header(file)
+    start = file.tell()
+    if len(shape) not in (2, 3):
+        raise ValueError(f"an array of shape {shape}; expected (H, W), (H, W, C) or (C, H, W)")
+    if kind.hasobject:
+        raise ValueError("an array of Python objects, which are never loaded")
+    if len(content) - start < prod(shape) * kind.itemsize:
+        raise ValueError(f"cut off: {len(content) - start} of {prod(shape) * kind.itemsize} bytes")
+    first = len(shape) == 3 and shape[0] < shape[2]
+    height, width, channels = (*shape, 1) if len(shape) == 2 else (*shape[1:], shape[0]) if first else shape
+
+    def pixels() -> NDArray:
+        array = np.frombuffer(content, kind, prod(shape), start).reshape(shape, order="F" if fortran else "C")
+        return array[..., None] if array.ndim == 2 else array.transpose(1, 2, 0) if first else array
+
+    return Header(height, width, channels, pixels)
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of the array that an open NPY file holds; nothing is unpickled.
 
     Raises:
-        UserError: unreadable, empty, too many channels, or NaN pixels; the message names the image.
+        ValueError: a damaged header.
     """
-    try:
-        image = _decode_tiff(content) if content[:4] in TIFF else _decode_other(content)
-    except UserError:
-        raise
-    except Image.DecompressionBombError:
-        raise UserError(f"{name}: the header announces an absurdly large image; it was not opened") from None
-    except Exception as error:  # what a damaged file makes a decoder raise is anybody's guess
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not a PNG, JPEG or TIFF file"
-        raise UserError(f"{name}: unreadable image ({reason}); repair or remove it") from None
-    if image.size == 0:
-        raise UserError(f"{name}: the image is empty")
-    if not 1 <= image.shape[2] <= MAX_CHANNELS:
-        raise UserError(f"{name}: {image.shape[2]} channels; 1 to {MAX_CHANNELS} are possible")
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise UserError(f"{name}: NaN or infinite pixels; repair or remove the image")
-    return image
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, kind = read(file)
+    if min(shape, default=1) < 0:
+        raise ValueError(f"an array of shape {shape}")
+    return shape, fortran, kind
 
 
-def _decode_other(content: bytes) -> NDArray:
-    with Image.open(io.BytesIO(content)) as opened:
-        image: Image.Image = opened
-        if image.mode in ("P", "PA", "CMYK", "YCbCr", "RGBA", "HSV", "LAB"):
-            image = image.convert("RGB")
-        elif image.mode in ("LA", "1"):
-            image = image.convert("L")
-        pixels = np.asarray(image)
-    if pixels.dtype == np.int32:  # 16-bit PNG opened in mode I
-        pixels = pixels.astype(np.uint16)
-    return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1))
-
-
-def _decode_tiff(content: bytes) -> NDArray:
+def _tiff(content: bytes) -> Header:
     import tifffile
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is told once, in one line
-    with tifffile.TiffFile(io.BytesIO(content)) as file:
-        if file.series and file.series[0].size > MAX_VALUES:
-            raise Image.DecompressionBombError
-        pixels = np.asarray(file.asarray())
-        alpha = pixels.ndim == 3 and any(sample in (1, 2) for sample in file.pages.first.extrasamples)
-    if alpha:
-        pixels = pixels[..., :-1]
-    pixels = pixels.squeeze() if pixels.ndim > 3 else pixels
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.ndim != 3:
-        raise ValueError(f"a TIFF of shape {pixels.shape}; expected one plane, or up to {MAX_CHANNELS} channels")
-    if pixels.shape[2] > MAX_CHANNELS and pixels.shape[0] < pixels.shape[2]:  # channels first
-        pixels = pixels.transpose(1, 2, 0)
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * np.uint8(255)
-    if pixels.dtype not in (np.uint8, np.uint16):
-        pixels = pixels.astype(np.float32)
-    return pixels
+    file = tifffile.TiffFile(io.BytesIO(content))
+    series = file.series[0]
+    pages = [s for s in file.series if not s.keyframe.is_reduced]
+    if len(pages) > 1:
+        shapes = ", ".join(str(s.shape) for s in pages[:3])
+        raise ValueError(f"{len(pages)} images of their own, {shapes}; read.layout = ome_tiff reads each of them")
+    axes = "".join(a for a, n in zip(series.axes, series.shape, strict=True) if a in "YX" or n > 1)
+    shape = tuple(n for a, n in zip(series.axes, series.shape, strict=True) if a in "YX" or n > 1)
+    other = axes.replace("Y", "").replace("X", "")
+    if len(other) > 1 or len(axes) != len(other) + 2:
+        raise ValueError(
+            f"a TIFF of shape {shape} ({axes}); expected one plane, or up to {MAX_CHANNELS} channels "
+            f"(read.layout = ome_tiff takes stacks and time series)"
+        )
+    if other in ("Q", "I") and shape[2] < shape[0]:  # pages without a meaning: an (H, W, C) array was written as it is
+        axes = "YXC"
+    at = next((i for i, a in enumerate(axes) if a not in "YX"), None)
+    alpha = other == "S" and any(sample in (1, 2) for sample in series.keyframe.extrasamples)
+    height, width = (n for i, n in enumerate(shape) if i != at)
+    channels = 1 if at is None else shape[at] - alpha
+    check_tiles(series.keyframe.chunks, MAX_VALUES)
+    if series.dtype is None or series.dtype.kind not in "buif":
+        raise ValueError(f"pixels of type {series.dtype}; convert them to integers or floats")
+
+    def pixels() -> NDArray:
+        array = np.asarray(series.asarray(maxworkers=1)).reshape(shape)
+        array = array[..., None] if at is None else np.moveaxis(array, at, -1)
+        return array[..., :channels]
+
+    return Header(height, width, channels, pixels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Squares
 
 
 def fit_square(image: NDArray, size: int) -> NDArray:

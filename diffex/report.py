@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from safetensors.numpy import load_file
 from diffex.config import Experiment
 from diffex.scoreboard import METRICS, OBJECTIVES, pareto_front
 from diffex.settings import describe
+from diffex.splits import PARTS, unit_noun
 from diffex.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from diffex.data import ImageStore
+    from diffex.inspection import Inspection
     from diffex.pipeline import Outcome
 
 DOTS = 110  # per inch
@@ -184,11 +188,7 @@ def write_report(
     row = next(r for r in ordered if r["trial"] == best)
     folder = trials / best
     columns = [c for c in COLUMNS if c in row]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((resources.files("diffex") / "report.html.j2").read_text(encoding="utf-8"))
-    page = template.render(
+    page = _template("report").render(
         title=title, version=__version__, command=command, row=row, best=best, headline=headline(top),
         checks=checks(row),
         traversals=[_embed(p) for p in sorted(folder.glob("traversal-*.png"), key=_number)],
@@ -199,6 +199,65 @@ def write_report(
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def write_inspection(folder: Path, store: ImageStore, found: Inspection) -> Path:
+    """Write ``inspection.html``, self-contained, with its pictures and ``counts.csv`` beside it.
+
+    Args:
+        folder: where; made if it is not there.
+        store: what was inspected.
+        found: what was found.
+    """
+    from diffex import figures
+
+    info, counts = store.info, found.counts
+    unit = unit_noun(info.split_by)
+    drawn = {
+        "sheet": figures.image_grid(found.sheet, info.channels, "Images of each class"),
+        "histograms": figures.plate_histograms(found.levels, found.histograms, info.channels),
+    }
+    if counts.plates:
+        drawn["plates"] = figures.class_by_plate(counts.wells_by_plate, info.class_names, counts.plates, unit)
+    maps = figures.plate_maps(counts.wells, info.class_names)
+    if maps is not None:
+        drawn["maps"] = maps
+    pictures = {key: _embed(save_figure(figure, folder / f"{key}.png")) for key, figure in drawn.items()}
+    rows = [
+        {
+            "name": name,
+            "parts": list(zip(counts.images[c].tolist(), counts.units[c].tolist(), strict=True)),
+            "rejected": ", ".join(f"{n:,} {why}" for (who, why), n in sorted(found.rejected.items()) if who == name),
+        }
+        for c, name in enumerate(info.class_names)
+    ]
+    with (folder / "counts.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "plate", "well", "images"])
+        if counts.wells:
+            table.writerows([who, plate, well, n] for (plate, well), (who, n) in sorted(counts.wells.items()))
+        else:
+            table.writerows(
+                [name, plate, "", int(counts.by_plate[c, p])]
+                for c, name in enumerate(info.class_names)
+                for p, plate in enumerate(counts.plates or ("",))
+            )
+    page = _template("inspection").render(
+        title=f"Image store {store.path.name}", version=__version__, info=info, units=unit, parts=PARTS,
+        unit=unit_noun(info.split_by, 1), findings=found.findings, counts=rows, pictures=pictures,
+    )  # fmt: skip
+    path = folder / "inspection.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _template(name: str) -> jinja2.Template:
+    """A page's template; all extend ``page.html.j2``."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda file: (resources.files("diffex") / file).read_text(encoding="utf-8")),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(f"{name}.html.j2")
 
 
 def _number(path: Path) -> list[int]:

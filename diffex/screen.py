@@ -19,7 +19,7 @@ class Read:
 
     layout: str = setting("auto", "how the source is laid out; auto looks", choices=LAYOUTS)
     content: str = setting(
-        "auto", "what an image shows: single cells, or a field of many (auto: fields for bbbc021, load_data and OME)",
+        "auto", "what an image shows: single cells, or a field of many (auto: by layout and file names)",
         choices=("auto", "cells", "fields"),
     )  # fmt: skip
     channels: tuple[str, ...] = setting((), "channels to keep, by name or number; empty: all")

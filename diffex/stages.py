@@ -23,12 +23,13 @@ from diffex import assay, baselines, metrics, train
 from diffex.classifier import FrozenClassifier, classification_report, is_given, load_classifier
 from diffex.compute import Compute
 from diffex.config import Experiment
-from diffex.data import ImageStore, Progress, build_store
+from diffex.data import ImageStore, Progress
 from diffex.directions import DirectionSet, Responses, Subspace, measure_responses
 from diffex.errors import UserError
 from diffex.explain import Explainer, Measure, choose_rows, effects_table, plan_edits, traversal
 from diffex.model import DiffusionAutoencoder, classifier_divergence
 from diffex.networks import ResidualClassifier
+from diffex.prepare import build_store
 from diffex.scoreboard import score
 from diffex.store import RECORD
 
@@ -53,7 +54,7 @@ class Work:
     observe: Observe
 
     def images(self) -> ImageStore:
-        return ImageStore(self.inputs["data"])
+        return ImageStore(self.inputs["data"], origin=self.experiment.data.path)
 
     def classifier(self, store: ImageStore) -> FrozenClassifier:
         trained = self.inputs["classifier"] / "model.safetensors"
@@ -87,7 +88,7 @@ class Work:
 
 def run_data(w: Work) -> dict[str, Any]:
     info = build_store(w.experiment.data, w.experiment.assay, w.out, w.progress)
-    store = ImageStore(w.out)
+    store = ImageStore(w.out, origin=w.experiment.data.path)
     counts = {
         part: np.bincount(store.labels[store.rows(part)], minlength=len(info.class_names)).tolist()
         for part in ("train", "valid", "test")

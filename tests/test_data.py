@@ -18,8 +18,10 @@ from PIL import Image
 
 from diffex.assay import FACTORS
 from diffex.config import Assay, Data
-from diffex.data import PARTS, ROWS, ImageStore, build_store, sample_rows
+from diffex.data import ROWS, ImageStore, sample_rows
 from diffex.errors import UserError
+from diffex.prepare import build_store
+from diffex.splits import PARTS
 
 SMALL_ASSAY = Assay(num_images=128, num_plates=2, wells_per_class=4)
 
@@ -196,7 +198,7 @@ def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
 
 def test_the_same_settings_write_the_same_bytes(make: Maker) -> None:
     one, two = (make.store(Data(seed=3)) for _ in range(2))
-    for name in ("images.arrow", "store.json"):
+    for name in ("images.arrow", "index.arrow", "store.json"):
         assert (one.path / name).read_bytes() == (two.path / name).read_bytes()
 
 

@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import pickle
+import tracemalloc
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,9 @@ from PIL import Image
 from diffex.assay import FACTORS
 from diffex.config import Assay, Data
 from diffex.errors import UserError
-from diffex.readers import AssaySource, FolderSource, ParquetSource, decode, fit_square, open_source
+from diffex.layouts import open_source
+from diffex.readers import decode, depth, fit_square, read_file
+from diffex.sources import AssaySource, FolderSource, ParquetSource
 
 RNG = np.random.default_rng(0)
 
@@ -144,6 +150,95 @@ def test_a_tiff_mask_becomes_black_and_white() -> None:
     assert (decode(tiff(mask), "x")[..., 0] == mask * 255).all()
 
 
+def deep_png(image: NDArray) -> bytes:
+    import imagecodecs
+
+    return bytes(imagecodecs.png_encode(image))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_png_of_16_bits_in_colour_keeps_them_too(count: int) -> None:
+    image = pixels(8, 9, count, kind=np.uint16)
+    read = decode(deep_png(image), "x")
+    shown = image[..., : {1: 1, 2: 1, 3: 3, 4: 3}[count]]  # without alpha
+    assert read.dtype == np.uint16
+    assert (read == shown).all()
+
+
+@pytest.mark.parametrize(
+    ("compression", "predictor"),
+    [
+        ("lzw", False),
+        ("lzw", True),
+        ("zlib", True),
+        ("zstd", False),
+        ("zstd", True),
+        ("lzma", True),
+        ("packbits", False),
+    ],
+)
+def test_a_compressed_tiff_is_read_as_it_was_written(compression: str, predictor: bool) -> None:
+    image = pixels(16, 18, kind=np.uint16)
+    assert (decode(tiff(image, compression=compression, predictor=predictor), "x")[..., 0] == image).all()
+
+
+def test_a_tiff_packed_as_jpeg_is_read() -> None:
+    image = np.full((16, 24), 90, np.uint8)
+    assert np.abs(decode(tiff(image, compression="jpeg"), "x")[..., 0].astype(int) - 90).max() < 3
+
+
+@pytest.mark.parametrize("count", [2, 7, 16, 64])
+def test_any_number_of_channels_is_told_apart_from_rows_and_columns(count: int) -> None:
+    image = pixels(count, 40, 44, kind=np.uint16)
+    last = image.transpose(1, 2, 0)
+    for how in ({"ome": True, "metadata": {"axes": "CYX"}}, {"imagej": True, "metadata": {"axes": "CYX"}}):
+        assert (decode(tiff(image, **how), "x") == last).all()
+    assert (decode(tiff(last, planarconfig="contig"), "x") == last).all()
+    if count < 40:  # without names of the axes the shorter one is the channels
+        assert (decode(tiff(image), "x") == last).all()
+        assert (decode(tiff(np.ascontiguousarray(last)), "x") == last).all()
+
+
+def npy(array: NDArray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["u1", "<u2", ">u2", "<f4", ">f8", "<i2", "?"])
+def test_an_array_is_read_as_it_was_saved(kind: str) -> None:
+    image = (pixels(8, 9, 3) % 2).astype(kind)
+    read = decode(npy(image), "x")
+    assert read.dtype == {"u1": np.uint8, "?": np.uint8, "<u2": np.uint16, ">u2": np.uint16}.get(kind, np.float32)
+    assert (read == image.astype(float) * (255 if kind == "?" else 1)).all()
+
+
+def test_the_shorter_end_of_an_array_is_its_channels_in_any_order_of_memory() -> None:
+    image = pixels(8, 9, 3)
+    for array in (image, image.transpose(2, 0, 1), np.asfortranarray(image)):
+        assert (decode(npy(array), "x") == image).all()
+    assert (decode(npy(image[..., 0]), "x") == image[..., :1]).all()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "NPY"])
+@pytest.mark.parametrize("shape", [(80, 90), (80, 90, 3)])
+def test_the_header_alone_tells_the_number_of_channels(form: str, shape: tuple[int, ...]) -> None:
+    image = pixels(*shape)
+    content = npy(image) if form == "NPY" else pillow(image, form)
+    assert depth(content, "x") == decode(content, "x").shape[2]
+    assert depth(content[: -len(content) // 4] if form in ("PNG", "JPEG") else content, "x") == image[0, 0].size
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.uint32, np.float64, np.float16])
+def test_other_numbers_become_floats(kind: type) -> None:
+    image = (
+        (pixels(8, 9).astype(int) - 7 * (np.dtype(kind).kind != "u")).clip(0 if kind is np.uint32 else -99).astype(kind)
+    )
+    read = decode(tiff(image) if kind is not np.float16 else npy(image), "x")
+    assert read.dtype == np.float32
+    assert (read[..., 0] == image).all()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Broken images
 
@@ -171,7 +266,25 @@ def tiff_announcing_a_huge_size() -> bytes:
     return bytes(content)
 
 
+def two_sizes() -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        writer.write(pixels(8, 8), photometric="minisblack")
+        writer.write(pixels(9, 9), photometric="minisblack")
+    return buffer.getvalue()
+
+
+def huge_tiles() -> bytes:
+    """A small TIFF whose tiles are huge: each would be unpacked as a whole."""
+    content = bytearray(tiff(pixels(16, 16), tile=(16, 16)))
+    for tag in (322, 323):  # width and height of a tile
+        at = content.index(tag.to_bytes(2, "little"), 8)
+        content[at + 8 : at + 12] = (60_000).to_bytes(4, "little")
+    return bytes(content)
+
+
 BROKEN = {
+    "huge tiles": (huge_tiles(), "tiles of"),
     "no bytes": (b"", "not a PNG"),
     "text": (b"hello, I am no image", "not a PNG"),
     "a cut PNG": (pillow(pixels(32, 32, 3), "PNG")[:900], "unreadable"),
@@ -183,8 +296,20 @@ BROKEN = {
     "a TIFF of absurd size": (tiff_announcing_a_huge_size(), "absurdly large"),
     "NaN": (floats(np.nan), "NaN"),
     "infinity": (floats(np.inf), "infinite"),
-    "six pages": (tiff(pixels(6, 16, 18)), "6 channels; 1 to 5"),
-    "six samples": (tiff(pixels(16, 18, 6), planarconfig="contig"), "6 channels; 1 to 5"),
+    "text called TIFF": (b"Well,Compound", "not an image"),
+    "complex numbers": (tiff(np.ones((8, 8), np.complex64)), "complex64"),
+    "Python objects": (npy(np.array([[1, None]], object)), "Python objects"),
+    "texts": (npy(np.array([["a", "b"]])), "no image"),
+    "NaN in an array": (npy(np.full((8, 8), np.nan)), "NaN"),
+    "too large a number": (npy(np.full((8, 8), 1e300)), "infinite"),
+    "a cut array": (npy(pixels(32, 32))[:500], "cut off"),
+    "a cut header of an array": (npy(pixels(32, 32))[:50], "unreadable"),
+    "an array of absurd size": (npy(pixels(8, 8)).replace(b"(8, 8), }", b"(80000, 80000), }"), "cut off"),
+    "an empty array": (npy(np.zeros((0, 8), np.uint8)), "empty"),
+    "a list of images": (npy(np.zeros((2, 3, 8, 8), np.uint8)), "expected"),
+    "images of two sizes": (two_sizes(), "2 images of their own"),
+    "65 pages": (tiff(pixels(65, 70, 70)), "65 channels; 1 to 64"),
+    "65 samples": (tiff(pixels(16, 18, 65), planarconfig="contig"), "65 channels; 1 to 64"),
     "a stack of stacks": (tiff(pixels(3, 2, 16, 18)), "expected one plane"),
 }
 
@@ -214,6 +339,39 @@ def test_whatever_bytes_are_damaged_a_user_error_is_all_that_comes(whole: bytes)
             assert str(error).startswith("x: ")
             refused += 1
     assert refused > 5
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "NPY", "packed TIFF"])
+def test_nothing_larger_than_the_limit_is_unpacked(form: str) -> None:
+    """A square of one colour packs to a thousandth of its size: the header is all there is to go by."""
+    flat = np.zeros((400, 500), np.uint8)
+    packed = {"NPY": npy, "packed TIFF": lambda i: tiff(i, compression="zlib"), "TIFF": tiff}
+    content = packed[form](flat) if form in packed else pillow(flat, form)
+    assert decode(content, "x", 200_000).shape == (400, 500, 1)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="x: the header announces .*400 x 500 x 1 values.*read.max_values = 199999"):
+        decode(content, "x", 199_999)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path, {"a": 1, "b": 1})
+    image = np.full((16, 16, 3), 90, np.uint8)
+    for name, content in {"x.png": pillow(image, "JPEG"), "x.jpg": tiff(image), "x.tif": npy(image)}.items():
+        (folder / "a" / name).write_bytes(content)
+    source = FolderSource(folder)
+    shapes = [image.shape for _, image in source.images(range(5), 8)]
+    assert shapes == [(8, 8, 3), (16, 16, 3), (16, 16, 3), (16, 16, 3), (8, 8, 3)]
+
+
+def test_a_file_that_is_none_or_too_large_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="pipe.png.*no plain file"):
+        read_file(tmp_path / "pipe.png")
+    (tmp_path / "x.png").write_bytes(bytes(101))
+    with pytest.raises(UserError, match="x.png.*101 bytes; read.max_bytes allows 100"):
+        read_file(tmp_path / "x.png", 100)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,6 +450,55 @@ def test_an_image_that_vanished_is_named(tmp_path: Path) -> None:
         list(source.images([0, 1], 8))
 
 
+def test_a_link_that_leaves_the_folder_is_refused_and_one_that_stays_is_read(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "cells", {"a": 2, "b": 1})
+    (folder / "b" / "same.png").symlink_to(folder / "a" / "0.png")
+    (folder / "a" / "ring").symlink_to(folder)
+    assert FolderSource(folder).class_names.tolist().count("b") == 2
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x.png").write_bytes(pillow(pixels(8, 8, 3), "PNG"))
+    (folder / "b" / "out").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="b/out' leads out of"):
+        FolderSource(folder)
+    assert len(FolderSource(folder, root=tmp_path).class_names) == 5
+
+
+def test_an_archive_reads_like_the_folder_that_it_was_made_from(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "cells", {"b": 2, "a": 3})
+    with zipfile.ZipFile(tmp_path / "cells.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in folder.rglob("*.png"):
+            archive.write(file, file.relative_to(folder))
+        archive.writestr("__MACOSX/a/._0.png", b"")
+    packed, plain = FolderSource(tmp_path / "cells.zip"), FolderSource(folder)
+    assert packed.class_names.tolist() == plain.class_names.tolist()
+    for (_, one), (_, other) in zip(packed.images(range(5), 8), plain.images(range(5), 8), strict=True):
+        assert (one == other).all()
+    assert packed.files() == [tmp_path / "cells.zip"]
+    with pytest.raises(UserError, match="a/0.png.*max_bytes"):
+        next(FolderSource(tmp_path / "cells.zip", max_bytes=50).images([0], 8))
+
+
+@pytest.mark.parametrize("name", ["../a/x.png", "/a/x.png", "a\\..\\..\\x.png"])
+def test_an_archive_whose_names_lead_out_of_it_is_refused(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(name, b"")
+    with pytest.raises(UserError, match="leads out of the archive"):
+        FolderSource(tmp_path / "x.zip")
+
+
+def test_a_damaged_archive_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(b"PK\3\4" + bytes(50))
+    with pytest.raises(UserError, match="x.zip.*not a readable ZIP"):
+        FolderSource(tmp_path / "x.zip")
+    with zipfile.ZipFile(tmp_path / "y.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/0.png", pillow(pixels(32, 32, 3), "PNG"))
+    content = bytearray((tmp_path / "y.zip").read_bytes())
+    content[500:600] = bytes(100)
+    (tmp_path / "y.zip").write_bytes(content)
+    with pytest.raises(UserError, match="y.zip/a/0.png"):
+        next(FolderSource(tmp_path / "y.zip").images([0], 8))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Parquet
 
@@ -348,6 +555,35 @@ def test_images_of_a_parquet_file_belong_to_their_rows(tmp_path: Path, kind: pa.
     rows = [0, 2, 255, 256, 257, 599]
     read = [int(image[0, 0, 0]) for _, image in ParquetSource(tmp_path / "x.parquet").images(rows, 8)]
     assert read == [row % 256 for row in rows]
+
+
+@pytest.mark.parametrize("group", [7, 50, 1000])
+def test_single_rows_in_any_order_are_the_right_ones_and_ascending_ones_are_read_once(
+    tmp_path: Path, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [pillow(np.full((8, 8), i % 256, np.uint8), "PNG") for i in range(600)]
+    pq.write_table(pa.table({"image": images, "label": [0] * 600}), tmp_path / "x.parquet", row_group_size=group)
+    source = ParquetSource(tmp_path / "x.parquet")
+    for row in (5, 400, 3, 599, 0, 300, 301):
+        assert next(iter(source.images([row], 8)))[1][0, 0, 0] == row % 256
+    source = pickle.loads(pickle.dumps(source))
+    opened: list[int] = []
+    batches = source._batches
+    monkeypatch.setattr(source, "_batches", lambda group: opened.append(group) or batches(group))
+    for row in range(0, 600, 2):
+        assert next(iter(source.images([row], 8)))[1][0, 0, 0] == row % 256
+    assert opened == [0]
+    next(iter(source.images([1], 8)))
+    assert opened == [0, 0]
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", image=encoded(50), label=[0] * 50)
+    content = bytearray(path.read_bytes())
+    content[50:300] = bytes(250)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="x.parquet"):
+        list(ParquetSource(path).images(range(50), 8))
 
 
 @pytest.mark.parametrize("column", ["class_name", "label"])

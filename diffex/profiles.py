@@ -1,0 +1,122 @@
+"""Feature tables in pycytominer's form: a row for each cell, columns ``Metadata_*``, ``Nuclei_*``, ``Cells_*``, ..."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from diffex.data import ImageStore, Progress
+from diffex.errors import UserError
+from diffex.features import measure_many
+from diffex.ingest import Run, run_here
+
+ROWS = 256  # images of a task
+ENDINGS = (".parquet", ".csv", ".csv.gz")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task needs: the store's folder, channels that show nuclei and cells (None: by name), and black."""
+
+    store: Path
+    nucleus_channel: str | None
+    cell_channel: str | None
+    background: float | None
+
+
+def measure_task(job: Job, start: int) -> tuple[int, pa.Table]:
+    """Measure up to ``ROWS`` images from row ``start``; the table has metadata first."""
+    store = ImageStore(job.store)
+    rows = np.arange(start, min(start + ROWS, len(store)))
+    images = (store.batch(rows).x.numpy() + 1) / 2
+    features = measure_many(
+        images, store.info.channels, nucleus_channel=job.nucleus_channel, cell_channel=job.cell_channel,
+        background=job.background,
+    )  # fmt: skip
+    part = store.table.slice(start, len(rows))
+    known = {n: part[n] for n in part.column_names if n.startswith(("Metadata_", "Factor_"))}
+    own = {
+        "Metadata_Class": pa.array(np.array(store.info.class_names)[store.labels[rows]].tolist()),
+        "Metadata_Part": pa.array(store.parts[rows].tolist()),
+        "Metadata_Row": pa.array(rows),
+    }
+    return start, pa.table({**own, **known, **{n: pa.array(v) for n, v in features.items()}})
+
+
+def write_profiles(
+    store: ImageStore, path: Path, *, nucleus_channel: str | None = None, cell_channel: str | None = None,
+    run: Run = run_here, progress: Progress = lambda what, done, total: None,
+) -> tuple[int, int]:  # fmt: skip
+    """Measure every image of a store and write one table, readable by pycytominer.
+
+    Args:
+        store: any image store; intensities are measured in its window, 0 black to 1 white.
+        path: the table: .parquet, .csv or .csv.gz; it must not be there yet.
+        nucleus_channel, cell_channel: channels that show nuclei and whole cells; None: by name, and all others.
+        run: runs the tasks, here or on a cluster.
+        progress: told of every task that ends.
+
+    Returns:
+        Number of cells, number of features.
+
+    Raises:
+        UserError: the file is there, has another ending, or can't be written; or a channel has no such name.
+    """
+    if not path.name.lower().endswith(ENDINGS):
+        raise UserError(f"{str(path)!r}: a feature table ends with {', '.join(ENDINGS)} (--output)")
+    if path.exists():
+        raise UserError(f"{str(path)!r} is there already; choose another --output")
+    waiting = path.with_name(f".{path.name}.partial")
+    starts = range(0, len(store), ROWS)
+    black = 0.0 if _corrected(store.path) else None
+    results = run(measure_task, Job(store.path.resolve(), nucleus_channel, cell_channel, black), starts)
+    done = features = 0
+    try:
+        with ExitStack() as stack:
+            writer: Any = None
+            for table in _in_order(results, starts):
+                if writer is None:
+                    writer = stack.enter_context(_writer(waiting, path.name.lower(), table.schema, stack))
+                    features = sum(not n.startswith(("Metadata_", "Factor_")) for n in table.column_names)
+                writer.write_table(table)
+                done += len(table)
+                progress("cells", done, len(store))
+        waiting.replace(path)
+    except OSError as error:
+        waiting.unlink(missing_ok=True)
+        raise UserError(f"can't write {str(path)!r}: {error.strerror or error}") from None
+    return done, features
+
+
+def _corrected(store: Path) -> bool:
+    """Whether the images were cut out of fields, whose background an ingest has subtracted."""
+    try:
+        return bool(json.loads((store / "ingest.json").read_text(encoding="utf-8"))["crop"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _in_order(results: Iterator[tuple[int, pa.Table]], starts: range) -> Iterator[pa.Table]:
+    """Results as they lie in the store, whatever order they come in."""
+    early: dict[int, pa.Table] = {}
+    for start in starts:
+        while start not in early:
+            at, table = next(results)
+            early[at] = table
+        yield early.pop(start)
+
+
+def _writer(file: Path, name: str, schema: pa.Schema, stack: ExitStack) -> Any:
+    if name.endswith(".parquet"):
+        return pq.ParquetWriter(file, schema)
+    stream = stack.enter_context(pa.output_stream(str(file), compression="gzip" if name.endswith(".gz") else None))
+    return pyarrow.csv.CSVWriter(stream, schema)
