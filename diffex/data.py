@@ -127,6 +127,7 @@ class ImageStore:
         self.labels: NDArray[np.int64] = self.table["label"].to_numpy().astype(np.int64)
         self.part_numbers: NDArray[np.int8] = self.table["part"].to_numpy()
         self._base: NDArray[np.int64] | None = None
+        self._groups: NDArray[np.int64] | None = None
         home = self.path
         if self.info.origin is not None:
             self._base = self.table["row"].to_numpy()
@@ -173,9 +174,10 @@ class ImageStore:
 
     def groups(self) -> NDArray[np.int64]:
         """Number of each image's statistical unit (well, donor, ...; without one, the image itself), (N,)."""
-        if not self.info.split_by:
-            return np.arange(len(self))
-        return group_ids({n: self.table[n].to_numpy(zero_copy_only=False) for n in self.info.split_by})
+        if self._groups is None:
+            columns = {n: self.table[n].to_numpy(zero_copy_only=False) for n in self.info.split_by}
+            self._groups = group_ids(columns) if columns else np.arange(len(self))
+        return self._groups
 
     def pixels(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray:
         """Images of the rows in the store's own type, (n, C, H, W)."""

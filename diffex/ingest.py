@@ -153,7 +153,8 @@ def _claimed(partial: Path, identity: str) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process is writing {str(partial)!r}: wait for it to end") from None
         owner = partial / "identity"
-        if owner.is_file() and owner.read_text(encoding="utf-8") != identity:
+        started = any(partial.glob("*-*.json"))  # a survey or task that has left its record
+        if started and owner.is_file() and owner.read_text(encoding="utf-8") != identity:
             raise UserError(
                 f"{str(partial)!r} is an unfinished ingest of other images or settings: remove it, or choose another "
                 "--output"
@@ -175,7 +176,7 @@ def _survey(job: Job, run: Run, progress: Progress) -> tuple[Job, tuple[tuple[fl
     depth = first[0].shape[2]
     job = replace(job, channels=_channel_names(source, depth))
     if plan.surveyed:
-        for done, _ in enumerate(_answers(run(survey_task, job, range(len(plan.plates))), job), 1):
+        for done, _ in enumerate(_answers(run(survey_task, job, range(len(plan.plates)))), 1):
             progress("survey", done, len(plan.plates))
         files = [job.survey_file(p) for p in range(len(plan.plates))]
         job = replace(job, surveys=tuple(PlateSurvey.from_dict(json.loads(f.read_text("utf-8"))) for f in files))
@@ -221,20 +222,18 @@ def _channel_names(source: Source, depth: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _answers(results: Iterator[dict[str, Any]], job: Job) -> Iterator[dict[str, Any]]:
+def _answers(results: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The tasks' answers; the first complaint ends them."""
     for answer in results:
         if "error" in answer:
-            raise UserError(
-                answer["error"] + ("" if job.skip_bad else "; --skip-bad leaves such images out and lists them")
-            )
+            raise UserError(answer["error"])
         yield answer
 
 
 def _cut(job: Job, run: Run, progress: Progress) -> list[dict[str, Any]]:
     """Run all tasks that have no record yet; records in the order of the tasks."""
     records, read = {}, 0
-    for record in _answers(run(cut_task, job, range(len(job.plan.tasks))), job):
+    for record in _answers(run(cut_task, job, range(len(job.plan.tasks)))):
         records[int(record["task"])] = record
         read += record["rows"]
         progress("images", read, len(job.plan.rows))

@@ -99,7 +99,7 @@ def _forgiven(job: Job, row: int, bad: list[tuple[int, str]]) -> Iterator[None]:
         yield
     except UserError as error:
         if not job.skip_bad:
-            raise
+            raise UserError(f"{error}; or leave such images out, and have them listed, with --skip-bad") from None
         bad.append((row, str(error)))
 
 

@@ -29,6 +29,7 @@ BYTES = 256 << 20  # that they may take in memory
 FEW_UNITS = 3  # test wells of a class under which no interval can be given
 SOME_UNITS = 6  # under which an interval is too narrow
 IMBALANCE = 10.0  # largest class over smallest
+MOST_CLASSES = 24  # of the contact sheet
 LEANING = 0.15  # difference between the shares of two classes that quality control leaves out
 
 
@@ -69,7 +70,7 @@ class Inspection:
         findings: the worst first.
         levels: (256,) edges - 1 in the stored values mapped to 0..1; centres of the histograms' bins.
         histograms: plate -> (C, bins) shares of pixels; one entry "" where no plates are known.
-        sheet: class name -> images (n, C, H, W) uint8, drawn evenly over units.
+        sheet: class name -> images (n, C, H, W) uint8, drawn evenly over units; of the largest classes, if many.
         rejected: (class, reason) -> number.
     """
 
@@ -108,6 +109,8 @@ def inspect(store: ImageStore, *, per_class: int = 12, seed: int = 0) -> Inspect
     order = ("serious", "caution", "good")
     findings.sort(key=lambda f: order.index(f.severity))
     edges = np.linspace(0, 1, 65)
+    largest = np.argsort(-counts.images.sum(axis=1), kind="stable")[:MOST_CLASSES]
+    shown = [store.info.class_names[c] for c in sorted(largest)]
     return Inspection(
         counts=counts, findings=findings, levels=(edges[1:] + edges[:-1]) / 2,
         histograms={
@@ -115,7 +118,7 @@ def inspect(store: ImageStore, *, per_class: int = 12, seed: int = 0) -> Inspect
             / max(1, images[plates[rows] == plate, 0].size)
             for plate in np.unique(plates[rows]).tolist()
         },
-        sheet={name: _contact(store, c, per_class, rng) for c, name in enumerate(store.info.class_names)},
+        sheet={name: _contact(store, store.info.class_names.index(name), per_class, rng) for name in shown},
         rejected=rejected,
     )  # fmt: skip
 
@@ -351,7 +354,7 @@ def _sizes(store: ImageStore, counts: Counts) -> list[Finding]:
             Finding(
                 "serious",
                 f"{_listed(absent)}: too few {unit} for training, validation and test. Leave these classes "
-                "out (data.classes) or add wells.",
+                f"out (data.classes) or add {unit}.",
             )
         )
     if few:
@@ -362,7 +365,7 @@ def _sizes(store: ImageStore, counts: Counts) -> list[Finding]:
         found.append(
             Finding(
                 "caution",
-                f"few test {unit}: {_listed(some)}. Intervals over so few are too narrow; add wells.",
+                f"few test {unit}: {_listed(some)}. Intervals over so few are too narrow; add {unit}.",
             )
         )
     return found

@@ -245,6 +245,7 @@ def write_inspection(folder: Path, store: ImageStore, found: Inspection) -> Path
     page = _template("inspection").render(
         title=f"Image store {store.path.name}", version=__version__, info=info, units=unit, parts=PARTS,
         unit=unit_noun(info.split_by, 1), findings=found.findings, counts=rows, pictures=pictures,
+        shown=len(found.sheet),
     )  # fmt: skip
     path = folder / "inspection.html"
     path.write_text(page, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Every setting of an ingest: how a screen on the disk becomes an image store.
 
 The names are dotted as in ``diffex.config`` (``cells.crop`` is the YAML key, the ``--set`` key and the entry in the
-store's ``ingest.json``), and ``diffex data ingest --show-settings`` prints all of this.
+store's ``ingest.json``), and ``diffex data ingest --dry-run`` prints all of this.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ GROUPS = (
 )
 """Metadata columns that 'auto' looks for, in this order: the first that is there keeps its groups in one part."""
 
+ROUNDS, MANY = 10, 5_000  # so often is each group tried elsewhere, where groups are not so many that it does not matter
+
 
 def full_name(name: str) -> str:
     """``well`` or ``Metadata_Well`` as the column is called: ``Metadata_Well``."""
@@ -70,7 +72,11 @@ def group_ids(columns: Mapping[str, NDArray]) -> NDArray[np.int64]:
 def split(
     groups: NDArray[np.int64], classes: NDArray[np.int64], *, valid_fraction: float, test_fraction: float, seed: int
 ) -> NDArray[np.int64]:
-    """Part of each row, (N,) indices into ``PARTS``.  Whole groups go, in random order, where their classes are short.
+    """Part of each row, (N,) indices into ``PARTS``.
+
+    Whole groups go, the largest first and else in random order, where their classes are short of rows and of groups: a
+    part with all rows of a class in one well would say nothing of other wells.  Then single groups move as long as that
+    brings the parts nearer to their shares.
 
     Args:
         groups: number of each row's group, (N,).
@@ -80,14 +86,30 @@ def split(
     """
     counts = np.zeros((groups.max() + 1, classes.max() + 1))
     np.add.at(counts, (groups, classes), 1)
+    order = np.random.default_rng([seed, 1]).permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(axis=1), kind="stable")]
+    weights = np.concatenate([counts, counts > 0], axis=1)  # rows of each class, and groups
     share = np.array([1 - valid_fraction - test_fraction, valid_fraction, test_fraction])
-    target = share[:, None] * counts.sum(0)[None]
+    target = share[:, None] * weights.sum(axis=0)
     filled = np.zeros_like(target)
     part_of = np.zeros(len(counts), np.int64)
-    for g in np.random.default_rng([seed, 1]).permutation(len(counts)):
-        mine = counts[g] > 0
-        part_of[g] = int(((target - filled)[:, mine] / target[:, mine]).sum(1).argmax())
-        filled[part_of[g]] += counts[g]
+    for g in order:
+        mine = weights[g] > 0
+        part_of[g] = int((1.0 - filled[:, mine] / target[:, mine]).sum(axis=1).argmax())
+        filled[part_of[g]] += weights[g]
+
+    def cost(parts: NDArray) -> NDArray:
+        """How far parts are from their shares, (...,); a class that a part lacks costs most."""
+        return (((parts - target) / target) ** 2 + 10.0 * (parts == 0)).sum(axis=(-2, -1))
+
+    moves = np.eye(len(PARTS))[:, :, None]  # [to, part, 1]
+    for g in np.tile(order, ROUNDS) if len(order) <= MANY else ():
+        rest = filled - moves[part_of[g]] * weights[g]
+        tried = rest + moves * weights[g]
+        costs = cost(tried)
+        best = int(costs.argmin())
+        if costs[best] < costs[part_of[g]] - 1e-9:
+            part_of[g], filled = best, tried[best]
     return part_of[groups]
 
 
