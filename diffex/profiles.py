@@ -33,23 +33,23 @@ class Job:
     background: float | None
 
 
-def measure_task(job: Job, start: int) -> tuple[int, pa.Table]:
-    """Measure up to ``ROWS`` images from row ``start``; the table has metadata first."""
+def measure_task(job: Job, span: tuple[int, int]) -> tuple[int, pa.Table]:
+    """Measure the images of the rows from the first up to the second number; the table has metadata first."""
     store = ImageStore(job.store)
-    rows = np.arange(start, min(start + ROWS, len(store)))
+    rows = np.arange(*span)
     images = (store.batch(rows).x.numpy() + 1) / 2
     features = measure_many(
         images, store.info.channels, nucleus_channel=job.nucleus_channel, cell_channel=job.cell_channel,
         background=job.background,
     )  # fmt: skip
-    part = store.table.slice(start, len(rows))
+    part = store.table.slice(span[0], len(rows))
     known = {n: part[n] for n in part.column_names if n.startswith(("Metadata_", "Factor_"))}
     own = {
         "Metadata_Class": pa.array(np.array(store.info.class_names)[store.labels[rows]].tolist()),
         "Metadata_Part": pa.array(store.parts[rows].tolist()),
         "Metadata_Row": pa.array(rows),
     }
-    return start, pa.table({**own, **known, **{n: pa.array(v) for n, v in features.items()}})
+    return span[0], pa.table({**own, **known, **{n: pa.array(v) for n, v in features.items()}})
 
 
 def write_profiles(
@@ -76,14 +76,15 @@ def write_profiles(
     if path.exists():
         raise UserError(f"{str(path)!r} is there already; choose another --output")
     waiting = path.with_name(f".{path.name}.partial")
-    starts = range(0, len(store), ROWS)
+    spans = [(start, min(start + ROWS, len(store))) for start in range(0, len(store), ROWS)]
     black = 0.0 if _corrected(store.path) else None
-    results = run(measure_task, Job(store.path.resolve(), nucleus_channel, cell_channel, black), starts)
     done = features = 0
     try:
+        waiting.touch()  # before hours of work
+        results = run(measure_task, Job(store.path.resolve(), nucleus_channel, cell_channel, black), spans)
         with ExitStack() as stack:
             writer: Any = None
-            for table in _in_order(results, starts):
+            for table in _in_order(results, [first for first, _ in spans]):
                 if writer is None:
                     writer = stack.enter_context(_writer(waiting, path.name.lower(), table.schema, stack))
                     features = sum(not n.startswith(("Metadata_", "Factor_")) for n in table.column_names)
@@ -92,8 +93,9 @@ def write_profiles(
                 progress("cells", done, len(store))
         waiting.replace(path)
     except OSError as error:
-        waiting.unlink(missing_ok=True)
         raise UserError(f"can't write {str(path)!r}: {error.strerror or error}") from None
+    finally:
+        waiting.unlink(missing_ok=True)
     return done, features
 
 
@@ -105,7 +107,7 @@ def _corrected(store: Path) -> bool:
         return False
 
 
-def _in_order(results: Iterator[tuple[int, pa.Table]], starts: range) -> Iterator[pa.Table]:
+def _in_order(results: Iterator[tuple[int, pa.Table]], starts: list[int]) -> Iterator[pa.Table]:
     """Results as they lie in the store, whatever order they come in."""
     early: dict[int, pa.Table] = {}
     for start in starts:

@@ -1,9 +1,16 @@
 """What all tests share: one thread, no telemetry, no colours."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+from diffex.config import Assay
+from diffex.data import ImageStore
+from diffex.ingest import Summary, ingest
+from diffex.screen import Intensity, Screen
+from diffex.simulate import write_screen
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -14,3 +21,22 @@ os.environ.pop("RAY_ADDRESS", None)
 def _one_thread() -> None:
     """Small tensors gain nothing from more, and other processes of a test need the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A simulated screen in BBBC021's layout: two plates, three wells a class on each, two fields a well."""
+    out = tmp_path_factory.mktemp("simulated") / "screen"
+    write_screen(
+        Assay(num_plates=2, wells_per_class=3), ("DNA", "tubulin", "actin"), out, layout="bbbc021",
+        field_size=(384, 384), cells_per_field=14, fields_per_well=2, out_of_focus=0.08, saturated=0.03,
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
+def fields(screen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageStore, Summary]:
+    """The store of that screen, scaled by its DMSO wells, and what came of the ingest."""
+    out = tmp_path_factory.mktemp("ingested") / "store"
+    summary = ingest(screen, Screen(intensity=Intensity(reference="Metadata_Compound == 'DMSO'")), out)
+    return ImageStore(out), summary
