@@ -42,6 +42,7 @@ from diffex.version import __version__
 Run = Callable[[Callable[[Any, Any], Any], Any, Sequence[Any]], Iterator[Any]]
 """``run(task, job, items)`` yields ``task(job, item)`` for every item, in any order, perhaps on other machines."""
 
+LARGE = 200  # pixels, of the side of an image that may well be a field of many cells
 KEPT = ("ingest.json", RECORD, "index.arrow", "rejected.parquet", "quarantine.csv")
 
 
@@ -186,6 +187,11 @@ def _survey(job: Job, run: Run, progress: Progress) -> tuple[Job, tuple[tuple[fl
     else:
         sides = [min(image.shape[:2]) for image in first]
         job = replace(job, size=screen.cells.size or int(np.median(sides)))
+        if job.size > LARGE and screen.read.content == "auto":
+            plan.notes.append(
+                f"images of {job.size} px are taken for single cells; if they show fields of many, set "
+                "read.content=fields"
+            )
         if len(set(sides)) > 1 and screen.cells.size is None:
             plan.notes.append(
                 f"images differ in size ({min(sides)} to {max(sides)} px); all become {job.size} px (cells.size)"

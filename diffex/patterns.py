@@ -30,8 +30,12 @@ MICROSCOPES: dict[str, str] = {
         r"(?:^|/)(?P<Well>[A-P] - ?\d+)\(fld (?P<Site>\d+) wv (?P<Channel>[^/)]+?)(?: - [^/)]+)?\)"
         r"[^/]*\.(?i:tiff?)$"
     ),
+    "plate_well_site_channel": (
+        r"(?:^|/)(?P<Plate>[^/]+?)_(?P<Well>[A-P]\d\d)_(?i:s|f|site|field)(?P<Site>\d+)_(?P<Channel>[^/_.]+)"
+        r"\.(?i:tiff?|png)$"
+    ),
 }
-"""File names of common microscopes, tried in turn; their images are fields."""
+"""File names of common microscopes and exports, tried in turn; their images are fields."""
 ANY = "|".join(e[1:] for e in ENDINGS)
 GENERIC = (
     rf"(?P<Image>.*)[ _.-](?P<Channel>(?i:{STAINS})|(?i:ch|c|w|channel)[ _-]?\d{{1,2}})\.(?i:{ANY})$",

@@ -365,6 +365,7 @@ NAMES = {
     "InCell": (
         "{plate}/{well}(fld {site} wv {c} - {c}).tif", ("DAPI", "FITC"), {"A01": "A - 01", "B12": "B - 12"}
     ),
+    "names of one's own": ("exported/{plate}_{well}_s{site}_{c}.tif", ("DNA", "actin"), {"A01": "A01", "B12": "B12"}),
 }  # fmt: skip
 
 
