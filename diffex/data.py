@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -171,6 +171,13 @@ class ImageStore:
         return {
             n: self.table[n].to_numpy(zero_copy_only=False) for n in self.table.column_names if n.startswith(prefix)
         }
+
+    def ingest_record(self) -> dict[str, Any]:
+        """What ``diffex data ingest`` noted in ``ingest.json``: settings, surveys, counts; empty if it made no note."""
+        try:
+            return dict(json.loads((self.path / "ingest.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
 
     def groups(self) -> NDArray[np.int64]:
         """Number of each image's statistical unit (well, donor, ...; without one, the image itself), (N,)."""

@@ -38,7 +38,7 @@ class PlateSurvey:
         background: (C,) median background of its fields, corrected for light.
         background_spread: (C,) robust standard deviation of that.
         ceiling: value at which pixels are saturated; infinity if there is none.
-        window: (C,) pairs: percentiles ``intensity.low`` and ``high`` of the reference cells' corrected pixels.
+        window: (C,) pairs: where most reference cells' corrected pixels begin and end (``intensity.low``, ``high``).
         nucleus_diameter: typical diameter of a nucleus in pixels; NaN in a plate without nuclei, as are all medians.
         nucleus_area: median area in square pixels.
         nucleus_brightness: median brightness in the nuclei's channel (each nucleus' 90th percentile).

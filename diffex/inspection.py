@@ -258,12 +258,13 @@ def _plates_differ(
     told = f"{right} of {total} held-out wells ({right / total:.0%} [{low:.0%}, {high:.0%}]; chance {chance:.0%})"
     name = store.info.class_names[label]
     if low > chance:
+        mend = "Scale each plate by its control wells (intensity.scale=plate, intensity.reference), and do"
+        todo = "Each is scaled by its control wells already; do" if store.ingest_record().get("surveys") else mend
         return [
             Finding(
                 "caution",
-                f"plates look different: simple intensities of {name} cells tell the plate of {told}. Scale each "
-                "plate by its control wells (intensity.reference), and do not trust a direction that moves along "
-                "this difference.",
+                f"plates look different: simple intensities of {name} cells tell the plate of {told}. {todo} not trust "
+                "a direction that moves along this difference.",
             )
         ]
     return [Finding("good", f"plates look alike: intensities of {name} cells tell the plate of {told}.")]

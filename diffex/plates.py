@@ -32,7 +32,7 @@ from diffex.illumination import EVEN, Camera, coarse, fit_flat
 from diffex.screen import Screen
 
 DARKEST = 0.05  # percentile of a field that is near the camera's dark level
-SAMPLE = 256  # pixels taken of each reference cell for the window
+BRIGHTER = 90.0  # percentile, over reference cells, of where their pixels end: debris beside a few moves no window
 MEASURED = 6  # fields, of reference wells and of others, that the diameter of nuclei is measured on
 FEW = 20  # fewer nuclei of reference wells than this say nothing of a plate
 
@@ -59,29 +59,27 @@ def survey_plate(
     if not math.isfinite(survey.nucleus_diameter):
         return survey
     crop = crop_side([survey], screen)
-    rng = np.random.default_rng(0)
     tables: list[dict[str, NDArray]] = []
-    references, samples, levels = [], [], []
+    references, extremes, levels = [], [], []
     for reference, field in fields():
         corrected, level = corrected_levels(field, survey, screen)
         objects = find_objects(field, corrected, channels, survey, screen, crop)
-        taken = np.zeros((0, len(channels), SAMPLE), np.float32)
+        taken = np.zeros((0, len(channels), 2))
         if reference and len(objects[CENTRE[0]]):
-            pixels = cut_out(corrected, objects, crop).reshape(-1, len(channels), crop * crop)
-            taken = pixels[..., rng.integers(crop * crop, size=SAMPLE)]
+            taken = _extremes(cut_out(corrected, objects, crop), screen)
         tables.append(objects)
         references.append(bool(reference))
-        samples.append(taken)
+        extremes.append(taken)
         levels.append(level)
     survey = _with_medians(survey, tables, references, np.array(levels))
     accepted = [
-        sample[object_verdicts(table, survey, screen.quality)[0] == ""]
-        for table, sample, reference in zip(tables, samples, references, strict=True)
+        ends[object_verdicts(table, survey, screen.quality)[0] == ""]
+        for table, ends, reference in zip(tables, extremes, references, strict=True)
         if reference and field_verdict(table, survey, screen.quality) is None
     ]
-    pixels = np.concatenate([*accepted, np.zeros((0, len(channels), SAMPLE), np.float32)])
-    if len(pixels):
-        return dataclasses.replace(survey, window=_window(pixels, channels, screen, name), reference_cells=len(pixels))
+    known = np.concatenate([*accepted, np.zeros((0, len(channels), 2))])
+    if len(known):
+        return dataclasses.replace(survey, window=_window(known, channels, name), reference_cells=len(known))
     if survey.nuclei and screen.intensity.scale != "none":
         raise UserError(
             f"{name}: none of its {sum(references)} reference fields (of {len(tables)} surveyed) shows a cell that "
@@ -104,15 +102,15 @@ def survey_images(
     Raises:
         UserError: no reference image, or a channel that is constant in all of them.
     """
-    rng, samples, count = np.random.default_rng(0), [], 0
+    extremes, count = [], 0
     for reference, image in images:
         count += 1
         if reference:
-            samples.append(image.reshape(-1, len(channels))[rng.integers(image[..., 0].size, size=4 * SAMPLE)].T)
-    if not samples:
+            extremes.append(_extremes(np.moveaxis(image, 2, 0)[None], screen))
+    if not extremes:
         raise UserError(f"{name}: none of the {count} images surveyed is a reference image (intensity.reference)")
-    window = _window(np.stack(samples), channels, screen, name)
-    return dataclasses.replace(_unknown(channels), window=window, fields=count, reference_fields=len(samples))
+    window = _window(np.concatenate(extremes), channels, name)
+    return dataclasses.replace(_unknown(channels), window=window, fields=count, reference_fields=len(extremes))
 
 
 def _unknown(channels: Sequence[str]) -> PlateSurvey:
@@ -126,15 +124,23 @@ def _unknown(channels: Sequence[str]) -> PlateSurvey:
     )  # fmt: skip
 
 
-def _window(pixels: NDArray, channels: Sequence[str], screen: Screen, name: str) -> tuple[tuple[float, float], ...]:
-    """Percentiles of sampled pixels (n, C, m) by channel."""
-    ends = np.percentile(pixels, (screen.intensity.low, screen.intensity.high), axis=(0, 2)).T.tolist()
-    for channel, (low, high) in zip(channels, ends, strict=True):
-        if low >= high:
+def _extremes(images: NDArray, screen: Screen) -> NDArray[np.float64]:
+    """Percentiles ``intensity.low`` and ``high`` of the pixels of each image (n, C, H, W) and channel: (n, C, 2)."""
+    flat = images.reshape(*images.shape[:2], -1)
+    return np.moveaxis(np.percentile(flat, (screen.intensity.low, screen.intensity.high), axis=2), 0, 2)
+
+
+def _window(extremes: NDArray, channels: Sequence[str], name: str) -> tuple[tuple[float, float], ...]:
+    """From where the darkest tenth of the cells begin to where the brightest tenth end; extremes: (n, C, 2)."""
+    low = np.percentile(extremes[..., 0], 100.0 - BRIGHTER, axis=0)
+    high = np.percentile(extremes[..., 1], BRIGHTER, axis=0)
+    ends = list(zip(low.tolist(), high.tolist(), strict=True))
+    for channel, (black, white) in zip(channels, ends, strict=True):
+        if black >= white:
             raise UserError(
                 f"{name}: channel {channel!r} is constant in reference images; leave it out (read.channels)"
             )
-    return tuple((low, high) for low, high in ends)
+    return tuple(ends)
 
 
 def _with_medians(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ def write_profiles(
         raise UserError(f"{str(path)!r} is there already; choose another --output")
     waiting = path.with_name(f".{path.name}.partial")
     spans = [(start, min(start + ROWS, len(store))) for start in range(0, len(store), ROWS)]
-    black = 0.0 if _corrected(store.path) else None
+    black = 0.0 if store.ingest_record().get("crop") else None  # cut out of fields: their background is subtracted
     done = features = 0
     try:
         waiting.touch()  # before hours of work
@@ -97,14 +96,6 @@ def write_profiles(
     finally:
         waiting.unlink(missing_ok=True)
     return done, features
-
-
-def _corrected(store: Path) -> bool:
-    """Whether the images were cut out of fields, whose background an ingest has subtracted."""
-    try:
-        return bool(json.loads((store / "ingest.json").read_text(encoding="utf-8"))["crop"])
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _in_order(results: Iterator[tuple[int, pa.Table]], starts: list[int]) -> Iterator[pa.Table]:

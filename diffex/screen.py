@@ -91,7 +91,7 @@ class Intensity:
         None,
         "query for reference wells, e.g. \"Metadata_Compound == 'DMSO'\"; null: DMSO if there is any, else all",
     )
-    low: float = setting(0.1, "percentile of the reference cells' pixels that becomes black", low=0.0, high=50.0)
+    low: float = setting(0.1, "percentile of a reference cell's pixels that becomes black", low=0.0, high=50.0)
     high: float = setting(99.9, "percentile that becomes white / headroom", low=50.0, high=100.0)
     headroom: float = setting(1.5, "room above it, so that brighter treated cells are not cut off", low=1.0, high=100.0)
     transform: str = setting("linear", "after the window; sqrt lifts dim structures", choices=("linear", "sqrt"))

@@ -259,6 +259,30 @@ def test_workers_of_a_cluster_write_the_same_bytes(
     assert contents(tmp_path / "store") == contents(fields[0].path)
 
 
+def test_a_node_that_is_lost_in_the_middle_costs_nothing(
+    screen: Path, fields: tuple[ImageStore, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        other = cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        lost: list[int] = []
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what == "images" and not lost:
+                lost.append(done)
+                cluster.remove_node(other, allow_graceful=False)
+
+        with Workers(None) as run:
+            ingest(screen, REFERENCED, tmp_path / "store", run=run, progress=progress)
+    finally:
+        cluster.shutdown()
+    assert 0 < lost[0] < fields[1].read
+    assert contents(tmp_path / "store") == contents(fields[0].path)
+
+
 def test_tasks_may_end_in_any_order(tmp_path: Path) -> None:
     path = cells_of(tmp_path / "in", count=1200)
     how = Screen(read=reading(tmp_path / "in"))
