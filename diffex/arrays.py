@@ -80,8 +80,11 @@ def _load(file: Path, key: str) -> NDArray:
 
 
 def _image_key(path: Path) -> str:
-    with zipfile.ZipFile(path) as archive:
-        names = [n.removesuffix(".npy") for n in archive.namelist()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n.removesuffix(".npy") for n in archive.namelist()]
+    except Exception as error:  # of its directory, anything may be wrong
+        raise UserError(f"{str(path)!r} is not a readable .npz file: {error}") from None
     key = next((k for k in ("images", "image", "x", "X", "data") if k in names), None)
     if key is None:
         raise UserError(f"{str(path)!r} needs an array 'images'; it has {', '.join(names) or 'none'}")

@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,6 +124,16 @@ class ImageStore:
     def __init__(self, path: str | Path, origin: str | Path | None = None) -> None:
         self.path = Path(path)
         self.info = StoreInfo.read(self.path)
+        try:
+            self._open(origin)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"image store {str(self.path)!r} is damaged: {RECORD} does not fit its other files; make it again"
+            ) from None
+
+    def _open(self, origin: str | Path | None) -> None:
         self.table = _mapped(self.path / "index.arrow")
         self.labels: NDArray[np.int64] = self.table["label"].to_numpy().astype(np.int64)
         self.part_numbers: NDArray[np.int8] = self.table["part"].to_numpy()
@@ -139,7 +150,7 @@ class ImageStore:
                 )
         shape, dtype = (-1, self.info.depth, self.info.size, self.info.size), np.dtype(self.info.dtype)
         self._pixels = [
-            _view(chunk, dtype).reshape(shape)
+            _view(chunk, dtype, -prod(shape) * dtype.itemsize).reshape(shape)
             for name, _ in self.info.shards
             for chunk in _mapped(home / name)["image"].chunks
         ]
@@ -148,11 +159,15 @@ class ImageStore:
         self._shift = (-1.0 - low * 2.0 / (high - low)).float()
         limits = torch.tensor([np.iinfo(dtype).min, np.iinfo(dtype).max] if dtype.kind == "u" else [-1e38, 1e38])
         self._leaves = bool(((limits * self._scale + self._shift).abs() > 1.0).any())
-        self._ends = np.cumsum([len(p) for p in self._pixels])
-        if len(self.table) != self.info.count or (
-            self._base is None and int(self._ends[-1] if len(self._ends) else 0) != self.info.count
-        ):
+        self._bytes = [p.reshape(-1).view(np.uint8).data for p in self._pixels]
+        self._starts = np.cumsum([0, *(len(p) for p in self._pixels)])
+        if len(self.table) != self.info.count or (self._base is None and int(self._starts[-1]) != self.info.count):
             raise UserError(f"image store {str(self.path)!r} is damaged: its files hold another number of images")
+        info, columns = self.info, set(self.table.column_names)
+        depths = {len(info.channels), len(info.window), len(info.picked) or info.depth}
+        named = self.labels.min() >= 0 and self.labels.max() < len(info.class_names)
+        if len(depths) > 1 or not named or not columns.issuperset(info.split_by):
+            raise ValueError("of these, each names what another has not")
 
     def __len__(self) -> int:
         return self.info.count
@@ -190,11 +205,15 @@ class ImageStore:
         """Images of the rows in the store's own type, (n, C, H, W)."""
         rows = np.asarray(rows, np.int64)
         base = rows if self._base is None else self._base[rows]
-        chunk = np.searchsorted(self._ends, base, side="right")
-        local = base - np.concatenate([[0], self._ends])[chunk]
-        out = np.empty((len(rows), self.info.depth, self.info.size, self.info.size), self.info.dtype)
-        for i, (k, j) in enumerate(zip(chunk.tolist(), local.tolist(), strict=True)):
-            out[i] = self._pixels[k][j]
+        chunk = np.searchsorted(self._starts, base, side="right") - 1
+        local = base - self._starts[chunk]
+        shape, dtype = (len(rows), self.info.depth, self.info.size, self.info.size), np.dtype(self.info.dtype)
+        size = prod(shape[1:]) * dtype.itemsize
+        # Bytes, joined: a tenth slower than one array's own indexing, where copying row by row took twice as long.
+        found = bytearray().join(
+            [self._bytes[k][j * size : (j + 1) * size] for k, j in zip(chunk.tolist(), local.tolist(), strict=True)]
+        )
+        out: NDArray = np.ndarray(shape, dtype, found)
         return out[:, list(self.info.picked)] if self.info.picked else out
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64], device: str | torch.device = "cpu") -> Batch:
@@ -219,9 +238,11 @@ def _mapped(file: Path) -> pa.Table:
         raise UserError(f"image store {str(file.parent)!r} is damaged: {file.name}: {reason}; make it again") from None
 
 
-def _view(column: pa.FixedSizeBinaryArray, dtype: np.dtype) -> NDArray:
-    """The column's bytes as a flat array, without a copy."""
+def _view(column: pa.FixedSizeBinaryArray, dtype: np.dtype, size: int) -> NDArray:
+    """The column's bytes, ``size`` for each image, as a flat array, without a copy."""
     width = column.type.byte_width
+    if width != size:
+        raise ValueError(f"images of {width} bytes, not {size}")
     data = np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width)
     return data.view(dtype)
 

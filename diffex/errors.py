@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class ImageError(UserError):
+    """One image of many can't be used; an ingest can leave it out (``--skip-bad``)."""
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A hint naming the nearest allowed name, or all of them when none is near."""
     names = sorted(allowed)

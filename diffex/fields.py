@@ -248,7 +248,10 @@ def nuclei_position(channels: Sequence[str], screen: Screen) -> int:
     Raises:
         UserError: none is called so, or there is none of the name that ``cells.nucleus_channel`` gives.
     """
-    found = cells.find_channel(channels, screen.cells.nucleus_channel, cells.NUCLEUS_NAMES)
+    try:
+        found = cells.find_channel(channels, screen.cells.nucleus_channel, cells.NUCLEUS_NAMES)
+    except UserError as error:
+        raise UserError(f"{error} (cells.nucleus_channel)") from None
     if found is None:
         raise UserError(
             f"none of the channels {', '.join(channels)} is called {', '.join(cells.NUCLEUS_NAMES)}: "

@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from diffex.data import RECORD, Progress, StoreInfo, index_columns, pixel_window, write_index
-from diffex.errors import UserError
+from diffex.errors import ImageError, UserError
 from diffex.fields import PlateSurvey
 from diffex.ingest_plan import SAMPLE, make_plan, scales_plates
-from diffex.ingest_tasks import Job, cut_task, put, survey_task, usable, writing
+from diffex.ingest_tasks import LEAVE_OUT, Job, cut_task, put, survey_task, usable, writing
 from diffex.layouts import open_screen
 from diffex.plates import crop_side
 from diffex.screen import Screen
@@ -42,6 +42,7 @@ from diffex.version import __version__
 Run = Callable[[Callable[[Any, Any], Any], Any, Sequence[Any]], Iterator[Any]]
 """``run(task, job, items)`` yields ``task(job, item)`` for every item, in any order, perhaps on other machines."""
 
+FEW = 5  # fields that tell what the others are like
 LARGE = 200  # pixels, of the side of an image that may well be a field of many cells
 KEPT = ("ingest.json", RECORD, "index.arrow", "rejected.parquet", "quarantine.csv")
 
@@ -98,12 +99,20 @@ def ingest(
     Raises:
         UserError: whatever the user must mend; ``output`` is untouched then, and the same command goes on later.
     """
-    source = open_screen(path, screen.read)
+    try:
+        source = open_screen(path, screen.read, lenient=skip_bad)
+    except ImageError as error:
+        raise UserError(f"{error}; {LEAVE_OUT}") from None
+    if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+        raise UserError(
+            f"{str(output)!r} lies in the source {str(path)!r}, which stays as it is; choose another --output"
+        )
     identity = digest([__version__, to_dict(screen), source.name, fingerprint(source)])
     there = _finished(output, identity)
     if there is not None:
         return there
-    partial = output.absolute().with_name(output.name + ".partial")
+    partial = output.absolute()
+    partial = partial.with_name(partial.name + ".partial")
     with _claimed(partial, identity):
         there = _finished(output, identity)  # another process may have ended just now
         if there is not None:
@@ -129,14 +138,27 @@ def _finished(output: Path, identity: str) -> Summary | None:
     Raises:
         UserError: something else is there.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
     try:
-        record = json.loads((output / "ingest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return None
+    except OSError as error:
+        raise UserError(f"can't write to {str(output)!r}: {error.strerror}; choose another --output") from None
+    try:
+        record = dict(json.loads((output / "ingest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{str(output)!r} exists and is not an ingested store; choose another --output") from None
     if record.get("identity") != identity:
         raise UserError(f"{str(output)!r} was made from other images or settings; choose another --output")
+    try:
+        info = StoreInfo.read(output)
+        files = ["index.arrow", *(name for name, _ in info.shards)]
+        lacks = [f"{name} is missing" for name in files if not (output / name).is_file()]
+    except UserError:
+        lacks = [f"{RECORD} can't be read"]
+    if lacks:
+        raise UserError(f"{str(output)!r} is damaged: {lacks[0]}; remove it, and the same command makes it again")
+    if list(output.glob("done-*.json")):  # ended between its last two steps
+        _tidy(output, info)
     return Summary(**{**record["summary"], "fresh": False})
 
 
@@ -161,7 +183,8 @@ def _claimed(partial: Path, identity: str) -> Iterator[None]:
                 "--output"
             )
         with writing(partial):
-            owner.write_text(identity, encoding="utf-8")
+            if not owner.is_file() or owner.read_text(encoding="utf-8") != identity:  # a full disk would empty it
+                owner.write_text(identity, encoding="utf-8")
         yield
 
 
@@ -173,9 +196,9 @@ def _survey(job: Job, run: Run, progress: Progress) -> tuple[Job, tuple[tuple[fl
     """Look at a sample, and decide what all tasks must agree on; also the stored values that become -1 and 1."""
     source, plan, screen = job.source, job.plan, job.screen
     fields = source.content == "fields"
-    first = _probe(job, 1 if fields else SAMPLE)
+    first = _probe(job, FEW if fields else SAMPLE)
     depth = first[0].shape[2]
-    job = replace(job, channels=_channel_names(source, depth))
+    job = replace(job, channels=_channel_names(source, depth), pixels=str(first[0].dtype))
     if plan.surveyed:
         for done, _ in enumerate(_answers(run(survey_task, job, range(len(plan.plates)))), 1):
             progress("survey", done, len(plan.plates))
@@ -197,17 +220,17 @@ def _survey(job: Job, run: Run, progress: Progress) -> tuple[Job, tuple[tuple[fl
                 f"images differ in size ({min(sides)} to {max(sides)} px); all become {job.size} px (cells.size)"
             )
     scaled = scales_plates(source, screen)
-    job = replace(job, dtype=screen.intensity.dtype if scaled else str(first[0].dtype))
+    job = replace(job, dtype=screen.intensity.dtype if scaled else job.pixels)
     if scaled:
         return job, ((0.0, float(np.iinfo(screen.intensity.dtype).max)),) * depth
     if fields:
-        ends = np.array([s.window for s in job.surveys], np.float64)
+        ends = np.array([s.window for s in job.surveys if np.isfinite(s.window).all()] or [((0.0, 1.0),) * depth])
         return job, tuple(zip(ends[..., 0].min(axis=0).tolist(), ends[..., 1].max(axis=0).tolist(), strict=True))
     return job, pixel_window(np.dtype(job.dtype), [image.reshape(-1, depth).T for image in first], job.channels)
 
 
 def _probe(job: Job, count: int) -> list[NDArray]:
-    """Some usable images, evenly spread over those to be read."""
+    """Some usable images, evenly spread over those to be read: those of the most common type and number of channels."""
     rows = job.plan.rows
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))]
     found = [image for _, _, image in usable(job, chosen, [])]
@@ -215,7 +238,9 @@ def _probe(job: Job, count: int) -> list[NDArray]:
         found = [image for _, _, image in islice(usable(job, rows, []), count)]
     if not found:
         raise UserError(f"{job.source.name}: not one of its {len(rows):,} images can be used")
-    return found
+    kinds = [(image.dtype, image.shape[2]) for image in found]
+    usual = Counter(kinds).most_common(1)[0][0]
+    return [image for image, kind in zip(found, kinds, strict=True) if kind == usual]
 
 
 def _channel_names(source: Source, depth: int) -> tuple[str, ...]:
@@ -257,7 +282,8 @@ def _finish(
     folder, source, plan = job.folder, job.source, job.plan
     shards = tuple((job.file("images", r["task"], "arrow").name, int(r["images"])) for r in records if r["images"])
     reasons: Counter[str] = sum((Counter(r["rejected"]) for r in records), Counter())
-    bad = [(row, reason) for r in records for row, reason in r["bad"]]
+    bad = [(str(row), reason) for r in records for row, reason in r["bad"]]
+    bad += [("", reason) for reason in getattr(source, "unlisted", ())]
     if not shards:
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
         raise UserError(
@@ -296,8 +322,8 @@ def _finish(
         if writer is not None:
             writer.close()
         if bad:
-            names, reasons_bad = [str(row) for row, _ in bad], [reason for _, reason in bad]
-            pyarrow.csv.write_csv(pa.table({"row": names, "reason": reasons_bad}), folder / "quarantine.csv")
+            listed = {"row": [row for row, _ in bad], "reason": [reason for _, reason in bad]}
+            pyarrow.csv.write_csv(pa.table(listed), folder / "quarantine.csv")
         info = StoreInfo(
             channels=job.channels, class_names=class_names, size=job.size, dtype=job.dtype, window=window,
             count=sum(n for _, n in shards), source=source.name, split_by=plan.split_by, simulated=False, shards=shards,
@@ -315,7 +341,12 @@ def _finish(
         if output.is_dir():
             output.rmdir()  # empty, or this fails
         folder.rename(output)
-        for file in output.iterdir():  # the tasks' own files have served
-            if file.name not in (*KEPT, *(name for name, _ in shards)):
-                file.unlink()
+        _tidy(output, info)
     return summary
+
+
+def _tidy(output: Path, info: StoreInfo) -> None:
+    """Remove the tasks' own files from a finished store: they have served."""
+    for file in output.iterdir():
+        if file.name not in (*KEPT, *(name for name, _ in info.shards)):
+            file.unlink()

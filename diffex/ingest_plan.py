@@ -5,6 +5,8 @@ Decided from the list of images alone, before any pixel is read.
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +158,7 @@ def _reference(source: Source, screen: Screen) -> NDArray[np.bool_]:
             if found.any():
                 return found
         return np.zeros(len(source.class_names), bool)
+    _check_query(query)
     import pandas as pd
 
     table = pd.DataFrame({n: v for n, v in source.metadata.items() if n.startswith("Metadata_")})
@@ -169,6 +172,44 @@ def _reference(source: Source, screen: Screen) -> NDArray[np.bool_]:
     if not len(rows):
         raise UserError(f"intensity.reference = {query!r} finds no image in {source.name}")
     return np.isin(np.arange(len(table)), rows)
+
+
+WORDS = ("contains", "startswith", "endswith", "match", "fullmatch", "lower", "upper", "strip", "len")
+TESTS = ("isin", "isna", "notna", "isnull", "notnull", "between")
+PARTS_OF_QUERY = (
+    ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop, ast.Name, ast.Load,
+    ast.Constant, ast.List, ast.Tuple, ast.keyword, ast.BinOp, ast.BitAnd, ast.BitOr, ast.Add, ast.Sub, ast.Mult,
+    ast.Div, ast.Mod,
+)  # fmt: skip
+
+
+def _check_query(query: str) -> None:
+    """Refuse a query that does more than compare columns: pandas would run any method it names, and so any code.
+
+    Raises:
+        UserError: naming what is not allowed.
+    """
+    try:
+        tree = ast.parse(re.sub(r"`[^`]*`", "_column", query.strip()), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = None
+    allowed: set[ast.AST] = set()
+    odd: ast.AST | None = None
+    for node in ast.walk(tree) if tree is not None else ():  # a parent comes before its parts
+        if isinstance(node, ast.Call) and isinstance(at := node.func, ast.Attribute):
+            owner = at.value
+            if at.attr in TESTS and isinstance(owner, ast.Name):
+                allowed |= {node, at}
+            elif at.attr in WORDS and isinstance(owner, ast.Attribute) and owner.attr == "str":
+                allowed |= {node, at, owner}
+        if node not in allowed and not isinstance(node, PARTS_OF_QUERY):
+            odd = odd or node
+    if tree is None or odd is not None:
+        what = ast.unparse(odd) if odd is not None and isinstance(odd, ast.expr) else query
+        raise UserError(
+            f"intensity.reference = {query!r} is no query: {what!r} is not a comparison of columns; write e.g. "
+            "\"Metadata_Compound == 'DMSO'\""
+        )
 
 
 def preview(path: Path, screen: Screen) -> list[str]:

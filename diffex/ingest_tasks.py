@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from diffex.data import ShardWriter
 from diffex.errors import UserError
-from diffex.fields import PlateSurvey, cut_cells, scaled
+from diffex.fields import PlateSurvey, check_field, cut_cells, scaled
 from diffex.ingest_plan import Plan
-from diffex.plates import survey_images, survey_plate
+from diffex.plates import survey_images, survey_plate, unknown_survey
 from diffex.readers import fit_square
 from diffex.screen import Screen
 from diffex.sources import Source
+
+LEAVE_OUT = "or leave such images out, and have them listed, with --skip-bad"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class Job:
         folder: where tasks leave their files; visible to every worker.
         skip_bad: note images that can't be used, and go on.
         channels: names of the C channels.
+        pixels: type of the source's pixels.
         surveys: what the survey found, by plate; empty before it, and where it has nothing to find.
         crop, size: sides of crops and of stored images in pixels.
         dtype: of stored images.
@@ -52,6 +55,7 @@ class Job:
     folder: Path
     skip_bad: bool
     channels: tuple[str, ...] = ()
+    pixels: str = ""
     surveys: tuple[PlateSurvey, ...] = ()
     crop: int = 0
     size: int = 0
@@ -88,9 +92,30 @@ def usable(job: Job, rows: Iterable[int], bad: list[tuple[int, str]]) -> Iterato
     for row in rows:
         with _forgiven(job, int(row), bad):
             name, image = next(job.source.images([int(row)], 0))
-            if (image == image.flat[0]).all():
-                raise UserError(f"{name}: every pixel is {image.flat[0]}, an empty image; remove it")
+            _check(job, name, image)
             yield int(row), name, image
+
+
+def _check(job: Job, name: str, image: NDArray) -> None:
+    """Refuse an image that shows nothing or is unlike the others, as far as it is known yet what they are like.
+
+    Raises:
+        UserError: naming the image.
+    """
+    if (image == image[:1, :1]).all():
+        raise UserError(f"{name}: every pixel is {image[0, 0].tolist()}, an empty image; remove it")
+    if job.channels and image.shape[2] != len(job.channels):
+        raise UserError(f"{name} has {image.shape[2]} channels, but the others have {len(job.channels)}")
+    if job.pixels and str(image.dtype) != job.pixels:
+        raise UserError(f"{name} has {image.dtype} pixels, but the others have {job.pixels}: convert them")
+    if job.channels and job.source.content == "fields":
+        check_field(image, job.channels, name)
+        crop = job.screen.cells.crop or 0
+        if min(image.shape[:2]) < crop:  # it would only seem to show no whole cell
+            height, width = image.shape[:2]
+            raise UserError(
+                f"{name}: a field of {height} x {width} pixels is smaller than one crop of {crop} (cells.crop)"
+            )
 
 
 @contextmanager
@@ -99,7 +124,7 @@ def _forgiven(job: Job, row: int, bad: list[tuple[int, str]]) -> Iterator[None]:
         yield
     except UserError as error:
         if not job.skip_bad:
-            raise UserError(f"{error}; or leave such images out, and have them listed, with --skip-bad") from None
+            raise UserError(f"{error}; {LEAVE_OUT}") from None
         bad.append((row, str(error)))
 
 
@@ -115,7 +140,9 @@ def survey_task(job: Job, p: int) -> dict[str, Any]:
         return ((is_reference[row], image) for row, _, image in usable(job, rows, []))
 
     try:
-        if job.source.content == "fields":
+        if job.skip_bad and not any(True for _ in images()):
+            survey = unknown_survey(job.channels)  # the cuts will list its images, one by one
+        elif job.source.content == "fields":
             survey = survey_plate(images, job.channels, job.screen, name)
         else:
             survey = survey_images(images(), job.channels, job.screen, name)
@@ -179,14 +206,10 @@ def _cells(
 ) -> tuple[Sequence[NDArray], dict[str, NDArray], dict[str, NDArray]]:
     """Pictures (C, size, size) to be stored, a column for each thing known of them, and what was left out and why."""
     survey = job.surveys[job.plan.plate_of[row]] if job.surveys else None
-    if image.shape[2] != len(job.channels):
-        raise UserError(f"{name} has {image.shape[2]} channels, but the others have {len(job.channels)}")
     if job.source.content == "cells":
         picture = fit_square(image, job.size)
         if survey is not None:
             picture = scaled(picture, survey, job.screen)
-        if str(picture.dtype) != job.dtype:
-            raise UserError(f"{name} has {picture.dtype} pixels, but the others have {job.dtype}: convert them")
         return [picture], {}, {}
     assert survey is not None
     found = cut_cells(image, job.channels, survey, job.screen, job.crop, name)

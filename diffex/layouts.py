@@ -14,7 +14,7 @@ import numpy as np
 
 from diffex.arrays import ArraySource
 from diffex.config import Assay, Data
-from diffex.errors import UserError, did_you_mean
+from diffex.errors import ImageError, UserError, did_you_mean
 from diffex.listings import bbbc021, bbbc021_table, load_data, load_data_tables
 from diffex.ome import OME_ENDINGS, OmeTiffSource, OmeZarrSource, is_zarr
 from diffex.patterns import attributes, auto_pattern, beside, files, image_names, open_tree, table_path
@@ -52,18 +52,20 @@ def open_source(data: Data, simulated: Assay) -> Source:
     return source
 
 
-def open_screen(path: Path, read: Read) -> Listed:
+def open_screen(path: Path, read: Read, *, lenient: bool = False) -> Listed:
     """Open a screen of any layout and list its images.
 
     Args:
         path: folder or file.
         read: the settings ``read.*`` of an ingest.
+        lenient: list what can be listed; the rest is ``unlisted``, or complained of when it is read.
 
     Returns:
         The images.  Those without a class, or of a class that ``read.classes`` does not name, have the class "".
 
     Raises:
-        UserError: no such path, no such layout, or anything in it that the user must mend, naming file and setting.
+        UserError: no such path, no such layout, or anything in it that the user must mend, naming file and setting;
+            ``ImageError`` where only single images are to blame.
     """
     if not path.exists():
         raise UserError(f"there is no file or folder {str(path)!r}")
@@ -88,7 +90,8 @@ def open_screen(path: Path, read: Read) -> Listed:
         source.tables += (Path(file),)
     _choose_classes(source, read)
     _choose_channels(source, read)
-    _check_complete(source, layout)
+    if not lenient:
+        _check_complete(source, layout)
     return source
 
 
@@ -247,7 +250,9 @@ def _choose_channels(source: Listed, read: Read) -> None:
 
 
 def _check_complete(source: Listed, layout: str) -> None:
-    """Of files that a pattern groups, every image needs all channels that are read."""
+    """Every file must have been listed, and of files that a pattern groups, every image needs all channels read."""
+    if source.unlisted:
+        raise ImageError(source.unlisted[0])
     if layout == "files" and isinstance(source, FileSource) and source.every is not None:
         for row in range(len(source.rows)):
             source.present(row)

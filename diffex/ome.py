@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -31,6 +31,9 @@ WELL_IN_NAME = re.compile(
     r"(?:^|[_\-. ])(?P<Well>[A-P](?:2[0-4]|1\d|0?[1-9]))(?!\d)"
     r"(?:[_\-. ]*(?:site|fld|s|f)[_\-. ]?(?P<Site>\d+))?(?=[_\-. ]|$)"
 )
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,22 @@ class PictureSource(Listed):
             names = [n for n in names if n != "Timepoint"]
         self.metadata = {f"Metadata_{n}": typed([p.labels.get(n, "") for p in pictures], n) for n in names}
         self.class_names = np.full(len(pictures), "")
+
+    def list_each(self, found: Sequence[T], pictures: Callable[[T], Iterator[Picture]]) -> list[Picture]:
+        """The pictures of all files; a file that can't be listed is ``unlisted``, unless there is no other.
+
+        Raises:
+            UserError: not one of them can be listed.
+        """
+        listed: list[Picture] = []
+        for file in found:
+            try:
+                listed += list(pictures(file))
+            except UserError as error:
+                self.unlisted += (str(error),)
+        if self.unlisted and not listed:
+            raise UserError(self.unlisted[0])
+        return listed
 
     def read(self, row: int) -> tuple[str, NDArray]:
         p = self.pictures[row]
@@ -115,7 +134,7 @@ class OmeTiffSource(PictureSource):
             files = [(n, path / n) for n in names]
         else:
             files = [(path.name, path)]
-        pictures = [p for name, file in files for p in _tiff_pictures(file, name, read, Root(root))]
+        pictures = self.list_each(files, lambda file: _tiff_pictures(file[1], file[0], read, Root(root)))
         if not pictures:
             raise UserError(f"{str(path)!r} holds no OME-TIFF image ({', '.join(OME_ENDINGS[:2])})")
         super().__init__(path, pictures, read)
@@ -164,17 +183,19 @@ def _tiff_pictures(file: Path, name: str, read: Read, root: Root) -> Iterator[Pi
         raise UserError(f"{str(file)!r} has {file.stat().st_size:,} bytes; read.max_bytes allows {read.max_bytes:,}")
     try:
         with tifffile.TiffFile(file) as tiff:
+            if not len(tiff.pages):  # counting finds a ring of pages, which tiff.series would follow for ever
+                raise ValueError("no page")
             xml = ElementTree.fromstring(tiff.ome_metadata) if tiff.ome_metadata else None
             own = _check_set(xml, file, root) if xml is not None else None
             for s in tiff.series:
                 check_tiles(s.keyframe.chunks, read.max_values)
             series = [(str(s.axes), tuple(int(n) for n in s.shape), s.dtype) for s in tiff.series]
+        places = _places(xml) if xml is not None else {}
     except UserError:
         raise
     except Exception as error:  # what a damaged file makes a decoder raise is anybody's guess
         raise unreadable(str(file), error) from None
     told = list(xml.iterfind("{*}Image")) if xml is not None else []
-    places = _places(xml) if xml is not None else {}
     for i, (axes, shape, kind) in enumerate(series):
         image = told[i] if len(told) == len(series) else None
         if own is not None and image is not None and image.get("ID") not in own:
@@ -232,7 +253,8 @@ def _places(xml: ElementTree.Element) -> dict[str, dict[str, str]]:
 def _channel_names(image: ElementTree.Element | None, count: int) -> tuple[str, ...]:
     names: list[str] = []
     for i, channel in enumerate(image.iterfind("{*}Pixels/{*}Channel") if image is not None else ()):
-        samples = int(channel.get("SamplesPerPixel") or 1)
+        told = channel.get("SamplesPerPixel") or "1"
+        samples = int(told) if told.isdecimal() else 1
         name = channel.get("Name") or channel.get("Fluor") or (f"channel {i}" if samples == 1 else "")
         names += (
             [name] if samples == 1 else [f"{name} {s}".strip() for s in ("red", "green", "blue", "alpha")[:samples]]
@@ -269,7 +291,7 @@ class OmeZarrSource(PictureSource):
             raise UserError("OME-Zarr needs the package zarr: pip install 'diffex[zarr]'") from None
         found = [path] if is_zarr(path) else sorted(p for p in path.glob("**/*.zarr") if is_zarr(p))
         self.root, self.max_values = Root(Path(read.root) if read.root else path), read.max_values
-        pictures = [p for group in found for p in self._group(group, {"File": group.name})]
+        pictures = self.list_each(found, lambda group: self._group(group, {"File": group.name}))
         if not pictures:
             raise UserError(f"{str(path)!r} holds no OME-Zarr image (multiscales) and no plate")
         super().__init__(path, pictures, read)

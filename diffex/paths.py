@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import unicodedata
 import zipfile
@@ -155,7 +156,7 @@ class Folder:
                     seen.add(real)
             at = Path(folder).relative_to(self.path)
             found += [(at / f).as_posix() for f in files if Path(f).suffix.lower() in endings]
-        return sorted(name for name in found if not _hidden(name))
+        return _legible(sorted(name for name in found if not _hidden(name)), self.path)
 
     def file(self, name: str) -> Path:
         """The file on the disk."""
@@ -199,7 +200,7 @@ class Archive:
     def names(self, endings: Collection[str] = ENDINGS) -> list[str]:
         """Names of the files with one of the endings (in any case), sorted; hidden ones are passed over."""
         every = (info.filename for info in self._open().infolist() if not info.is_dir())
-        return sorted(n for n in every if n[n.rfind(".") :].lower() in endings and not _hidden(n))
+        return _legible(sorted(n for n in every if n[n.rfind(".") :].lower() in endings and not _hidden(n)), self.path)
 
     def file(self, name: str) -> Path:
         """The file on the disk: the archive itself."""
@@ -221,9 +222,17 @@ class Archive:
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"can't read {self.label(name)!r}: {error}") from None
+            raise UserError(f"can't read {self.label(name)!r}: {error}; mend the archive") from None
         except Exception as error:  # zlib.error, lzma.LZMAError
             raise UserError(f"can't read {self.label(name)!r}: {error}; the archive is damaged") from None
+
+
+def _legible(names: list[str], where: Path) -> list[str]:
+    """The names, all of which can be stored in a table and told in one line."""
+    odd = next((n for n in names if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", n)), None)
+    if odd is not None:
+        raise UserError(f"the file name {odd!r} in {str(where)!r} is not UTF-8 or not one line: rename it")
+    return names
 
 
 def _hidden(name: str) -> bool:

@@ -218,6 +218,7 @@ def attributes(path: Path, read: Read) -> FileSource:
         raise UserError(f"{str(path)!r} holds no image file ({', '.join(ENDINGS)})")
     source = FileSource(tree, [((n,),) for n in names], {"Metadata_File": np.array(names)}, max_values=read.max_values)
     attach(source, names, [None] * len(names), read, one_each=True)
+    source.class_columns = CLASS_COLUMNS
     return source
 
 
@@ -275,9 +276,9 @@ def attach(
         if best is None or score > best[0]:
             best = (score, column, rows)
     if best is None or best[0][0] == 0:
-        which = f"column {read.key!r}" if read.key else "no column"
+        which = f"column {read.key!r} names none of" if read.key else "no column names"
         raise UserError(
-            f"{table.name}: {which} names the images, e.g. {names[0]!r}, by path, file name, stem or number (read.key)"
+            f"{table.name}: {which} the images, e.g. {names[0]!r}, by path, file name, stem or number (read.key)"
         )
     _, column, rows = best
     metadata = metadata_columns(table)

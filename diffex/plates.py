@@ -110,10 +110,10 @@ def survey_images(
     if not extremes:
         raise UserError(f"{name}: none of the {count} images surveyed is a reference image (intensity.reference)")
     window = _window(np.concatenate(extremes), channels, name)
-    return dataclasses.replace(_unknown(channels), window=window, fields=count, reference_fields=len(extremes))
+    return dataclasses.replace(unknown_survey(channels), window=window, fields=count, reference_fields=len(extremes))
 
 
-def _unknown(channels: Sequence[str]) -> PlateSurvey:
+def unknown_survey(channels: Sequence[str]) -> PlateSurvey:
     """The survey of a plate that nothing is known of: no light to correct, no medians, no window."""
     n, nan = len(channels), math.nan
     return PlateSurvey(
@@ -212,7 +212,7 @@ def _survey_light(
     degree = screen.illumination.degree if screen.illumination.method == "retrospective" else 0
     measured = diameters[True] or diameters[False] or [math.nan]
     return dataclasses.replace(
-        _unknown(channels),
+        unknown_survey(channels),
         dark=tuple(dark.tolist()),
         flat=tuple(fit_flat(s, degree) for s in stack),
         ceiling=camera.ceiling(),

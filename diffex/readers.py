@@ -228,6 +228,8 @@ def _tiff(content: bytes) -> Header:
     import tifffile
 
     file = tifffile.TiffFile(io.BytesIO(content))
+    if not len(file.pages):  # counting finds a ring of pages, which file.series would follow for ever
+        raise ValueError("no page")
     series = file.series[0]
     pages = [s for s in file.series if not s.keyframe.is_reduced]
     if len(pages) > 1:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from diffex import assay
 from diffex.config import Assay
-from diffex.errors import UserError
+from diffex.errors import ImageError, UserError
 from diffex.paths import Archive, Folder
 from diffex.readers import ENDINGS, MAX_BYTES, MAX_VALUES, decode, depth
 from diffex.tables import metadata_name
@@ -74,6 +74,7 @@ class Listed(ABC):
         class_columns: metadata columns that may stand for the class where no image has one.
         keep: positions of the channels that are read; None: all of them.
         notes: what the user should know of the listing, one line each.
+        unlisted: files of images that could not even be listed, each with what is wrong.
         tables: metadata files that the listing rests on.
     """
 
@@ -85,6 +86,7 @@ class Listed(ABC):
     class_columns: tuple[str, ...] = ()
     keep: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()
     tables: tuple[Path, ...] = ()
 
     @abstractmethod
@@ -168,7 +170,7 @@ class FileSource(Listed):
         for c in self._wanted(self.every or ()):
             if not self.rows[row][c]:
                 beside = next(planes[0] for planes in self.rows[row] if planes)
-                raise UserError(
+                raise ImageError(
                     f"{self.tree.label(beside)} has no file for channel {(self.every or ())[c]!r} beside it"
                 )
 
@@ -327,6 +329,7 @@ class ParquetSource(Listed):
                 first, column, batches = self._at
                 self._at = (first + len(column), next(batches), batches)
         except (pa.ArrowException, OSError) as error:
+            self._at = None  # its iterator has ended; other row groups may be whole
             raise self._damaged(error) from None
         content = self._at[1][row - self._at[0]].as_py()
         if not content:
@@ -341,12 +344,12 @@ class ParquetSource(Listed):
         meta = self._open().metadata
         size = sum(meta.row_group(g).total_byte_size for g in range(meta.num_row_groups)) // max(meta.num_rows, 1)
         batch_size = max(1, min(256, BATCH_BYTES // max(size, 1)))
-        groups = range(group, meta.num_row_groups)
-        for batch in self._open().iter_batches(batch_size=batch_size, columns=["image"], row_groups=list(groups)):
-            yield batch.column(0)
+        for g in range(group, meta.num_row_groups):  # each for itself: a damaged one takes no other with it
+            for batch in self._open().iter_batches(batch_size=batch_size, columns=["image"], row_groups=[g]):
+                yield batch.column(0)
 
     def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self.name!r} is damaged: {str(error).splitlines()[0]}; make it again (data.path)")
+        return UserError(f"{self.name!r} is damaged: {str(error).splitlines()[0]}; make it again")
 
 
 def _stored_names(metadata: Mapping[bytes, bytes]) -> list[str]:

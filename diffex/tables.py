@@ -159,7 +159,7 @@ def _text(content: bytes, path: Path) -> str:
     if b"\0" in content:
         zeros = np.frombuffer(content[: len(content) // 2 * 2], np.uint8).reshape(-1, 2) == 0
         for encoding, side in (("utf-16-le", 1), ("utf-16-be", 0)):
-            if zeros[:, side].mean() > 0.8 and not zeros[:, 1 - side].any():
+            if len(zeros) and zeros[:, side].mean() > 0.8 and not zeros[:, 1 - side].any():
                 return content.decode(encoding, errors="replace")
         raise UserError(f"{str(path)!r} holds NUL bytes: it is damaged, or no text file")
     for encoding in ("utf-8", "cp1252"):

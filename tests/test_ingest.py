@@ -220,6 +220,18 @@ def test_an_experiment_of_another_size_copies_and_keeps_the_split_too(tmp_path: 
     assert copy.info.window == origin.info.window
 
 
+def test_an_experiment_may_ask_another_question_of_the_same_store(tmp_path: Path) -> None:
+    path = cells_of(tmp_path / "in")
+    ingest(path, Screen(read=reading(tmp_path / "in"), split=Split(by=("Site",))), tmp_path / "store")
+    (tmp_path / "view").mkdir()
+    data = Data(path=str(tmp_path / "store"), size=12, class_column="donor", classes=("1", "3"), split_by=("Well",))
+    build_store(data, Assay(), tmp_path / "view")
+    view = ImageStore(tmp_path / "view")
+    assert view.info.class_names == ("1", "3")
+    assert (np.array(view.info.class_names)[view.labels] == view.metadata()["Metadata_Donor"].astype(str)).all()
+    assert len(view) == 40
+
+
 def test_a_view_whose_store_is_gone_or_another_one_says_where_it_was(tmp_path: Path) -> None:
     path = cells_of(tmp_path / "in")
     ingest(path, Screen(read=reading(tmp_path / "in")), tmp_path / "store")

@@ -513,7 +513,7 @@ def test_images_without_a_row_are_left_out_with_a_note(faces: Path) -> None:
     [
         ("image,gender\n1,F\n1,M\n", {}, "row 3 contradicts row 2: Metadata_Gender of 1"),
         ("image,gender\na,F\nb,M\n", {}, "no column names the images"),
-        ("image,gender\n1,F\n", {"key": "gender"}, "column 'gender' names the images"),
+        ("image,gender\n1,F\n", {"key": "gender"}, "column 'gender' names none of the images"),
         ("image,gender\n1,F\n", {"key": "imago"}, "no column 'imago': did you mean 'image'.*read.key"),
         ("image,gender\n1,F\n", {"class_column": "sex"}, "no column 'sex'.*read.class_column"),
         ("image,gender\n1,F\n", {"class_column": None}, "which column is the class"),
