@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +113,9 @@ def _bright(image: Plane) -> tuple[Plane, Mask]:
     sample = image.ravel()[:: max(1, image.size // 200_000)]
     dark = sample[sample <= filters.threshold_otsu(np.minimum(sample, np.percentile(sample, 99.5)))]
     # The background is the mode of the darker pixels, its noise what lies below the mode: objects only lie above.
-    counts, edges = np.histogram(dark, 128, (float(np.percentile(dark, 0.1)), float(dark.max()) + 1e-9))
+    low = float(np.percentile(dark, 0.1))
+    span = max(float(dark.max()) - low, 1e-3 * abs(low) + 1e-9)
+    counts, edges = np.histogram(dark, 128, (low, low + span))
     mode = float(edges[ndimage.gaussian_filter1d(counts.astype(np.float64), 2.0).argmax()] + (edges[1] - edges[0]) / 2)
     below = dark[dark < mode]
     noise = float(np.sqrt(np.mean((mode - below) ** 2))) if below.size else 0.0
@@ -308,13 +311,23 @@ def central_cell(
     nuclei = shared_cells(image - black, nuclear, single)
     chosen = _nearest(nuclei, middle)
     if chosen:
-        mask = nuclei == chosen
-        return mask, segment_cells(plane, nuclei) == chosen, len(np.unique(single[mask]))
+        joined = np.unique(single[nuclei == chosen])
+        own = _centred(single, joined, middle)
+        nuclei = np.where(np.isin(single, np.setdiff1d(joined, own)), nuclei.max() + single, nuclei)
+        return nuclei == chosen, segment_cells(plane, nuclei) == chosen, len(own)
     # No nucleus: whatever lies in the middle.
     body = ndimage.binary_fill_holes(_bright(ndimage.gaussian_filter(plane, 1.0))[1])
     bodies = _split(body, 0.4 * min(plane.shape))
     chosen = _nearest(bodies, middle)
     return np.zeros(plane.shape, bool), (bodies == chosen) & (chosen > 0), 0
+
+
+def _centred(nuclei: Labels, joined: NDArray, middle: NDArray) -> NDArray:
+    """Those of the joined nuclei that the image is centred on: the others are a neighbour's that the image cuts off."""
+    area = np.bincount(nuclei.ravel())[joined].astype(np.float64)
+    centre = np.array(ndimage.center_of_mass(nuclei > 0, nuclei, joined))
+    sets = [list(s) for k in range(len(joined)) for s in combinations(range(len(joined)), k + 1)]
+    return joined[min(sets, key=lambda s: float(np.hypot(*(area[s] @ centre[s] / area[s].sum() - middle))))]
 
 
 def _nearest(labels: Labels, middle: NDArray) -> int:

@@ -53,7 +53,9 @@ def measure(
     pixels = np.asarray(image, np.float32)
     nuclear = find_channel(channels, nucleus_channel, NUCLEUS_NAMES)
     nuclei, cell, count = central_cell(pixels, nuclear, find_channel(channels, cell_channel), background)
-    parts = {"Nuclei": nuclei, "Cells": cell, "Cytoplasm": cell & ~nuclei} if nuclear is not None else {"Cells": cell}
+    parts = {"Cells": cell}
+    if nuclear is not None:  # without a nucleus nobody knows what of the cell is cytoplasm
+        parts = {"Nuclei": nuclei, "Cells": cell, "Cytoplasm": cell & ~nuclei if count else nuclei}
     values = {} if nuclear is None else {"Cells_Children_Nuclei_Count": float(count)}
 
     def add(family: str, found: dict[str, float], channel: str = "") -> None:
@@ -157,7 +159,7 @@ def _texture(plane: Plane, mask: Mask) -> dict[str, float]:
              "InverseDifferenceMoment": "homogeneity"}  # fmt: skip
     scales = (1, 3)
     if mask.sum() < 3:
-        return {f"{kind}_{d}": float("nan") for d in scales for kind in kinds}
+        return {f"{kind}_{d}": float("nan") for kind in kinds for d in scales}
     box = ndimage.find_objects(mask.astype(np.uint8))[0]
     top = max(float(np.percentile(plane[mask], 99.0)), 1e-12)
     # Level 0 is what lies outside; its pairs are taken out of the count.
@@ -188,6 +190,6 @@ def _granularity(plane: Plane, mask: Mask) -> dict[str, float]:
 
 def _correlation(a: NDArray, b: NDArray) -> float:
     """Pearson's correlation; NaN of constants and of fewer than three pixels."""
-    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+    if len(a) < 3 or a.min() == a.max() or b.min() == b.max():
         return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
+    return float(np.corrcoef(a.astype(np.float64), b.astype(np.float64))[0, 1])

@@ -9,6 +9,7 @@ import torch
 from diffex.config import Assay
 from diffex.data import ImageStore
 from diffex.ingest import Summary, ingest
+from diffex.profiles import write_profiles
 from diffex.screen import Intensity, Screen
 from diffex.simulate import write_screen
 
@@ -40,3 +41,11 @@ def fields(screen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Imag
     out = tmp_path_factory.mktemp("ingested") / "store"
     summary = ingest(screen, Screen(intensity=Intensity(reference="Metadata_Compound == 'DMSO'")), out)
     return ImageStore(out), summary
+
+
+@pytest.fixture(scope="session")
+def profiles_table(fields: tuple[ImageStore, Summary], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The feature table of that store."""
+    path = tmp_path_factory.mktemp("profiles") / "features.parquet"
+    write_profiles(fields[0], path)
+    return path

@@ -1047,14 +1047,6 @@ def test_a_place_that_cannot_be_written_is_told(place: str, tmp_path: Path, caps
     assert content(tmp_path) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_place_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = cells()(tmp_path)
-    (tmp_path / "closed").mkdir(mode=0o500)
-    assert main(["data", "ingest", str(path), "--output", str(tmp_path / "closed" / "store"), "--workers", "1"]) == 2
-    check(capsys.readouterr().err, ("closed", "Permission denied", "--output"))
-
-
 def test_a_store_within_the_source_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cells()(tmp_path)
     before = content(tmp_path)

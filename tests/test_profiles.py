@@ -20,11 +20,9 @@ from diffex.ingest import Summary
 from diffex.profiles import write_profiles
 
 
-@pytest.fixture(scope="module")
-def table(fields: tuple[ImageStore, Summary], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("profiles") / "features.parquet"
-    write_profiles(fields[0], path)
-    return path
+@pytest.fixture
+def table(profiles_table: Path) -> Path:
+    return profiles_table
 
 
 def test_pycytominer_reads_the_table_and_tells_features_from_metadata(
