@@ -7,7 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from diffex.assay import FACTORS, draw, plan, scene
 from diffex.cells import (
+    NUCLEUS_NAMES,
     central_cell,
     find_channel,
     nucleus_diameter,
@@ -167,6 +169,33 @@ def test_the_central_cell_is_told_from_its_neighbours() -> None:
     assert (cell | ~nuclei).all()
 
 
+@pytest.mark.parametrize("own", [[(32, 32)], [(32, 22), (32, 42)]], ids=["one", "two"])
+def test_a_neighbours_nucleus_that_the_border_cuts_is_not_the_cells_own(own: list[tuple[int, int]]) -> None:
+    """One body holds all of them, so nothing parts the neighbour; but a crop is centred on its own cell's nuclei."""
+    image = np.stack([discs([*own, (55, 32)], 10.0, side=64), discs([(36, 32)], 30.0, side=64)])
+    single = segment_nuclei(image[0])
+    assert single.max() == len(own) + 1 and shared_cells(image, 0, single).max() == 1
+    nuclei, cell, count = central_cell(image, 0, background=0.0)
+    assert count == len(own)
+    assert all(nuclei[y, x] for y, x in own)
+    assert not nuclei[55, 32] and not cell[58, 32]
+
+
+@pytest.mark.parametrize("channels", [("DNA", "tubulin", "actin"), ("DNA", "actin")])
+def test_simulated_cells_are_outlined_and_their_nuclei_counted(channels: tuple[str, ...]) -> None:
+    """Single-cell images with neighbours reaching in; measured: median overlap of cells 0.91 and 0.81, nuclei 0.98."""
+    cells = plan(treatments={"none": {}}, channels=channels, num_images=64, num_plates=1, wells_per_class=1)
+    true = scene(cells, 64, np.arange(64))
+    found = [central_cell(image.astype(np.float32), 0) for image in np.concatenate(list(draw(cells, 64)))]
+    body, nuclei = true.body > 0.5, np.maximum(*true.nuclei) > 0.5
+    for part, truth, least, typical in ((1, body, 0.5, 0.75), (0, nuclei, 0.8, 0.95)):
+        overlap = [(t & f[part]).sum() / (t | f[part]).sum() for t, f in zip(truth, found, strict=True)]
+        assert np.quantile(overlap, 0.05) >= least
+        assert np.median(overlap) >= typical
+    counts = cells.visible_scores()[:, list(FACTORS).index("nucleus_count")]
+    assert np.mean([f[2] for f in found] == counts) >= 0.95
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Channels
 
@@ -179,8 +208,6 @@ def test_the_central_cell_is_told_from_its_neighbours() -> None:
     ],
 )  # fmt: skip
 def test_the_channel_of_nuclei_is_told_by_its_name(channels: tuple[str, ...], position: int | None) -> None:
-    from diffex.cells import NUCLEUS_NAMES
-
     assert find_channel(channels, None, NUCLEUS_NAMES) == position
 
 

@@ -1,5 +1,7 @@
 """Classical features: right on shapes whose numbers are known, in the image's units, missing where nothing is there."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -32,6 +34,28 @@ def test_areas_diameters_and_form_are_those_of_discs() -> None:
     assert found["Cells_AreaShape_FormFactor"] == pytest.approx(1.0, abs=0.12)
     assert found["Cells_Children_Nuclei_Count"] == 1
     assert found["Cytoplasm_AreaShape_Area"] == found["Cells_AreaShape_Area"] - found["Nuclei_AreaShape_Area"]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float64])
+def test_the_type_of_the_pixels_changes_nothing(kind: type) -> None:
+    image = np.rint(cell(dna=200.0, actin=120.0))
+    assert measure(image.astype(kind), CHANNELS) == pytest.approx(measure(image, CHANNELS), nan_ok=True)
+
+
+@pytest.mark.parametrize("turn", [np.rot90, np.fliplr, np.flipud])
+def test_a_turned_or_mirrored_cell_has_the_same_features(turn: Callable[[NDArray], NDArray]) -> None:
+    rng = np.random.default_rng(0)
+    image = cell(body=16.0, stretch=1.6, rim=200.0) + rng.normal(20, 2, (2, SIDE, SIDE)).astype(np.float32)
+    turned = np.stack([turn(plane) for plane in image])
+    one, other = measure(image, CHANNELS, background=0.0), measure(turned, CHANNELS, background=0.0)
+    assert other == pytest.approx(one, rel=0.01, abs=3e-3, nan_ok=True)  # wedges share the pixels on their borders
+
+
+def test_channels_may_have_any_name_if_they_are_told() -> None:
+    named = measure(cell(), CHANNELS, background=0.0)
+    told = measure(cell(), ("w1", "w2"), nucleus_channel="w1", cell_channel="w2", background=0.0)
+    assert list(told.values()) == pytest.approx(list(named.values()), nan_ok=True)
+    assert {n.replace("DNA", "w1").replace("actin", "w2") for n in named} == set(told)
 
 
 def test_a_long_cell_has_the_aspect_of_its_axes() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,12 +41,12 @@ def survey(plate: Pairs) -> PlateSurvey:
 
 
 def test_a_survey_survives_json(survey: PlateSurvey) -> None:
-    assert PlateSurvey.from_dict(json.loads(json.dumps(survey.to_dict()))) == survey
+    assert PlateSurvey.from_dict(json.loads(json.dumps(survey.to_dict(), allow_nan=False))) == survey
 
 
 def test_what_is_not_known_survives_json_too() -> None:
     blank = unknown_survey(CHANNELS)
-    back = PlateSurvey.from_dict(json.loads(json.dumps(blank.to_dict())))
+    back = PlateSurvey.from_dict(json.loads(json.dumps(blank.to_dict(), allow_nan=False)))
     assert math.isnan(back.nucleus_diameter) and back.ceiling == math.inf
     assert np.isnan(back.window).all() and np.shape(back.window) == (3, 2)
     assert replace(back, nucleus_diameter=0.0).flat == blank.flat
@@ -69,6 +70,34 @@ def test_the_window_follows_the_reference_fields_alone(plate: Pairs, survey: Pla
     reference = [(r, np.minimum(image * 2.0, 60000).astype(np.uint16)) for r, image in plate]
     doubled = np.array(survey_plate(again(reference), CHANNELS, flat).window)
     assert doubled[:, 1] == pytest.approx(2 * windows[0][:, 1], rel=0.05)
+
+
+def test_few_reference_nuclei_say_nothing_of_a_plate(plate: Pairs, survey: PlateSurvey) -> None:
+    """The typical nucleus is that of the reference wells where these show enough, that of all wells otherwise."""
+    sizes = {}
+    for references in (0, 1, len(plate)):
+        where = [i < references for i in range(len(plate))]
+        known = [(w, image) for w, (_, image) in zip(where, plate, strict=True)]
+        how = Screen(cells=Cells(nucleus_diameter=survey.nucleus_diameter), intensity=Intensity(scale="none"))
+        sizes[references] = survey_plate(again(known), CHANNELS, how).nucleus_area
+    assert sizes[0] == sizes[1] == sizes[len(plate)]
+    assert survey.nucleus_area != sizes[0]
+
+
+def test_the_fields_of_a_plate_are_read_twice_and_one_at_a_time(plate: Pairs) -> None:
+    rounds, alive = 0, []
+
+    def fields() -> Iterator[tuple[bool, NDArray]]:
+        nonlocal rounds
+        rounds += 1
+        for reference, image in plate[:3]:
+            field = image.copy()
+            alive.append(weakref.ref(field))
+            assert sum(ref() is not None for ref in alive) <= 2  # the last one may still be named
+            yield reference, field
+
+    survey_plate(fields, CHANNELS, Screen(intensity=Intensity(scale="none")))
+    assert rounds == 2
 
 
 def test_debris_in_a_few_reference_cells_does_not_move_the_window(plate: Pairs, survey: PlateSurvey) -> None:

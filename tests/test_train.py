@@ -15,11 +15,12 @@ from torch import Tensor
 from diffex.classifier import FrozenClassifier
 from diffex.compute import Compute
 from diffex.config import Assay, Autoencoder, Classifier, Data, Directions, Rendering
-from diffex.data import ImageStore, build_store
+from diffex.data import ImageStore
 from diffex.directions import Responses, pairwise_overlap
 from diffex.errors import UserError
 from diffex.model import DiffusionAutoencoder
 from diffex.networks import ResidualClassifier
+from diffex.prepare import build_store
 from diffex.train import (
     CHECKPOINT,
     AutoencoderTask,
