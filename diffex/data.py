@@ -155,7 +155,10 @@ class ImageStore:
             for chunk in _mapped(home / name)["image"].chunks
         ]
         low, high = torch.tensor(self.info.window, dtype=torch.float64).T.reshape(2, -1, 1, 1)
-        self._scale = (2.0 / (high - low)).float()
+        exact = 2.0 / (high - low)
+        scale = exact.float()  # rounded towards 0, so that no value within the window leaves [-1, 1]
+        self._scale = torch.where(scale.double() > exact, torch.nextafter(scale, torch.zeros(())), scale)
+        self._same = float(self._scale.flatten()[0]) if len(self._scale.unique()) == 1 else None
         self._shift = (-1.0 - low * 2.0 / (high - low)).float()
         limits = torch.tensor([np.iinfo(dtype).min, np.iinfo(dtype).max] if dtype.kind == "u" else [-1e38, 1e38])
         self._leaves = bool(((limits * self._scale + self._shift).abs() > 1.0).any())
@@ -220,7 +223,11 @@ class ImageStore:
         """Images of the rows as float32 in [-1, 1], with labels."""
         rows = np.asarray(rows, np.int64)
         x = torch.from_numpy(self.pixels(rows)).to(device).float()
-        x.mul_(self._scale.to(device)).add_(self._shift.to(device))
+        shift = self._shift.to(device)
+        if self._same is not None:  # one pass over the images instead of two
+            torch.add(shift, x, alpha=self._same, out=x)
+        else:
+            x.mul_(self._scale.to(device)).add_(shift)
         if self._leaves:
             x.clamp_(-1.0, 1.0)
         return Batch(x, torch.from_numpy(self.labels[rows]).to(device), torch.from_numpy(rows))

@@ -102,7 +102,8 @@ def test_any_number_of_channels_up_to_five_makes_a_store(make: Maker, count: int
     store = make.store(Data(path=make.parquet(map(encode, images), list("ab") * 12), size=16))
     x = store.batch(range(24)).x
     assert x.shape == (24, count, 16, 16)
-    assert (x.min(), x.max()) == (-1, 1)
+    assert x.min() == -1
+    assert 1 - 1e-6 < x.max() <= 1
     assert len(store.info.channels) == count
     assert store.info.dtype == np.dtype(kind).name
     assert (store.pixels([7, 3]) == np.stack([images[7], images[3]])).all()
@@ -118,7 +119,7 @@ def test_a_window_maps_its_ends_and_cuts_beyond(make: Maker) -> None:
     store = make.plain(list("ab") * 128, {"window": (50.0, 150.0)})
     x = store.batch(range(256)).x[:, 0, 0, 0]
     assert (x[:51] == -1).all()
-    assert (x[150:] == 1).all()
+    assert ((x[150:] > 1 - 1e-6) & (x[150:] <= 1)).all()
     assert x[100] == pytest.approx(0, abs=1e-6)
 
 
