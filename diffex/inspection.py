@@ -400,11 +400,11 @@ def _channels(store: ImageStore, images: NDArray[np.float32]) -> list[Finding]:
             found.append(
                 Finding("serious", f"channel {name} shows nothing (all pixels alike): leave it out with data.channels.")
             )
-        elif (values >= 1).mean() > 0.02:
+        elif (cut := float((values > 1 - 1e-6).mean())) > 0.02:
             found.append(
                 Finding(
                     "caution",
-                    f"{(values >= 1).mean():.0%} of the pixels of channel {name} are cut off at the bright end: raise "
+                    f"{cut:.0%} of the pixels of channel {name} are cut off at the bright end: raise "
                     "intensity.headroom or data.window.",
                 )
             )
