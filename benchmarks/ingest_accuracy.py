@@ -34,7 +34,7 @@ from diffex.simulate import write_screen
 WELL = ["Metadata_Plate", "Metadata_Well", "Metadata_Site"]
 CHANNELS = ("DNA", "tubulin", "actin")
 NAMED = {
-    "nucleus_area": "Metadata_Nuclei_AreaShape_Area",
+    "nucleus_area": "Nuclei_AreaShape_Area",
     "nucleus_count": "Metadata_Cells_Children_Nuclei_Count",
     "chromatin_texture": "Nuclei_Texture_Entropy_DNA_1",
     "cytoplasm_area": "Cells_AreaShape_EquivalentDiameter",
@@ -118,7 +118,8 @@ def factors(screen: Path, crops: pd.DataFrame) -> None:
     right = (pairs.Nuclei == pairs.Metadata_Cells_Children_Nuclei_Count).mean()
     r = np.corrcoef(area, pairs.Metadata_Nuclei_AreaShape_Area)[0, 1]
     print(f"true area of nuclei: correlation {r:.3f}; number of nuclei right in {right:.1%}")
-    names = [n for n in crops if n.startswith(("Nuclei_", "Cells_", "Cytoplasm_"))] + list(NAMED.values())[:2]
+    own = ["Metadata_Nuclei_AreaShape_Area", "Metadata_Cells_Children_Nuclei_Count"]  # as the ingest saw the field
+    names = [n for n in crops if n.startswith(("Nuclei_", "Cells_", "Cytoplasm_"))] + own
     features = pairs[names].fillna(pairs[names].median())
     features = features.rank().to_numpy() / len(features) - 0.5
     wells = pairs.Metadata_Plate + pairs.Metadata_Well

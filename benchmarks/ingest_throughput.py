@@ -4,7 +4,7 @@
 
 `PNG to raw NumPy` decodes the same PNG files with torch's DataLoader and writes one memory-mapped array: no classes
 checked, no split, no record, nothing atomic.  The DataLoader alone is beside it.  All run in turns on one machine; the
-figures are medians of five rounds, and an ingest's two workers are Ray tasks whose start-up (of Ray) is not counted,
+figures are medians of three rounds, and an ingest's two workers are Ray tasks whose start-up (of Ray) is not counted,
 as a DataLoader's is not when it serves many epochs.  Fields are 512 px, three channels, 24 cells each.
 """
 
@@ -25,7 +25,7 @@ from diffex.ingest import ingest, run_here
 from diffex.screen import Screen
 from diffex.simulate import write_screen
 
-COUNT, SIDE, ROUNDS = 8192, 64, 5
+COUNT, SIDE, ROUNDS = 8192, 64, 3
 CHANNELS = ("DNA", "tubulin", "actin")
 
 
