@@ -7,17 +7,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffex.assay import DEFAULT_CHANNELS
 from diffex.config import load
 from diffex.errors import UserError
-from diffex.ingest import Summary, ingest, run_here
-from diffex.ingest_plan import preview
 from diffex.progress import Bars
 from diffex.screen import Screen
 from diffex.settings import build, describe, parse_settings, read_yaml, replaced
 from diffex.splits import PARTS, unit_name, unit_noun
+
+if TYPE_CHECKING:
+    from diffex.ingest import Summary
 
 VERBS = {
     "ingest": (
@@ -128,6 +128,8 @@ class Workers:
         self._open.close()
 
     def __call__(self, task: Callable[[Any, Any], Any], job: Any, items: Sequence[Any]) -> Iterator[Any]:
+        from diffex.ingest import run_here
+
         few = len(items) <= self.FEW and self.asked is None and not os.environ.get("RAY_ADDRESS")
         if few or self.asked == 1 or len(items) <= 1:
             return run_here(task, job, items)
@@ -139,6 +141,9 @@ class Workers:
 
 
 def _ingest(options: argparse.Namespace) -> int:
+    from diffex.ingest import ingest
+    from diffex.ingest_plan import preview
+
     screen = screen_of(options)
     if options.source is None and options.dry_run:
         print(describe(screen), end="")
@@ -180,6 +185,7 @@ def _tell(summary: Summary, output: Path) -> None:
 
 
 def _simulate(options: argparse.Namespace) -> int:
+    from diffex.assay import DEFAULT_CHANNELS
     from diffex.simulate import write_screen
 
     e = load("assay", parse_settings(options.settings))

@@ -35,7 +35,7 @@ from diffex.layouts import open_screen
 from diffex.plates import crop_side
 from diffex.screen import Screen
 from diffex.settings import digest, to_dict
-from diffex.sources import Source, default_channels
+from diffex.sources import Listed, default_channels
 from diffex.splits import PARTS
 from diffex.version import __version__
 
@@ -123,7 +123,7 @@ def ingest(
         return _finish(job, _cut(job, run, progress), output, identity, window)
 
 
-def fingerprint(source: Source) -> list[list[Any]]:
+def fingerprint(source: Listed) -> list[list[Any]]:
     """Name, size and time of every file that a source rests on."""
     return [[str(p), s.st_size, s.st_mtime_ns] for p in sorted(set(source.files())) for s in [p.stat()]]
 
@@ -243,7 +243,7 @@ def _probe(job: Job, count: int) -> list[NDArray]:
     return [image for image, kind in zip(found, kinds, strict=True) if kind == usual]
 
 
-def _channel_names(source: Source, depth: int) -> tuple[str, ...]:
+def _channel_names(source: Listed, depth: int) -> tuple[str, ...]:
     names = source.channels or default_channels(depth)
     if len(names) != depth:
         raise UserError(
@@ -283,7 +283,7 @@ def _finish(
     shards = tuple((job.file("images", r["task"], "arrow").name, int(r["images"])) for r in records if r["images"])
     reasons: Counter[str] = sum((Counter(r["rejected"]) for r in records), Counter())
     bad = [(str(row), reason) for r in records for row, reason in r["bad"]]
-    bad += [("", reason) for reason in getattr(source, "unlisted", ())]
+    bad += [("", reason) for reason in source.unlisted]
     if not shards:
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
         raise UserError(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from diffex.errors import UserError
 from diffex.layouts import open_screen
 from diffex.screen import Screen
-from diffex.sources import Source
+from diffex.sources import Listed
 from diffex.splits import group_ids, split, split_columns, unit_name
 
 SHARE = 256  # tasks that a screen is cut into, roughly
@@ -51,18 +51,18 @@ class Plan:
     notes: list[str]
 
 
-def scales_plates(source: Source, screen: Screen) -> bool:
+def scales_plates(source: Listed, screen: Screen) -> bool:
     """Whether every plate gets a window of its own."""
     return screen.intensity.scale == "plate" or (screen.intensity.scale == "auto" and source.content == "fields")
 
 
-def make_plan(source: Source, screen: Screen) -> Plan:
+def make_plan(source: Listed, screen: Screen) -> Plan:
     """Choose, split and cut into tasks.
 
     Raises:
         UserError: a class, column or reference that is not there.
     """
-    notes = list(getattr(source, "notes", ()))
+    notes = list(source.notes)
     rows = _choose(source, screen, notes)
     by, groups = _units(source, rows, screen, notes)
     classes = np.unique(source.class_names[rows], return_inverse=True)[1].astype(np.int64)
@@ -72,7 +72,8 @@ def make_plan(source: Source, screen: Screen) -> Plan:
         seed=screen.split.seed,
     )  # fmt: skip
     fields = source.content == "fields"
-    plate = [n for n in source.metadata if n.lower() == "metadata_plate" and (fields or scales_plates(source, screen))]
+    by_plates = fields or scales_plates(source, screen)
+    plate = [n for n in source.metadata if n.lower() == "metadata_plate" and by_plates]
     names = np.array([str(v) for v in source.metadata[plate[0]]]) if plate else np.full(len(parts), "")
     plates = np.unique(names[rows])
     plate_of = np.searchsorted(plates, names).clip(max=len(plates) - 1)
@@ -80,7 +81,7 @@ def make_plan(source: Source, screen: Screen) -> Plan:
     share = int(np.clip(len(rows) // SHARE, *(FIELDS if fields else IMAGES)))
     by_plate = [rows[plate_of[rows] == p] for p in range(len(plates))]
     surveyed: tuple[tuple[NDArray[np.int64], NDArray[np.bool_]], ...] = ()
-    if fields or scales_plates(source, screen):
+    if by_plates:
         surveyed = _surveyed(source, screen, by_plate, plate_of, plates.tolist(), notes)
     return Plan(
         rows=rows, parts=parts, split_by=by, plates=tuple(plates.tolist()), plate_of=plate_of, surveyed=surveyed,
@@ -88,7 +89,7 @@ def make_plan(source: Source, screen: Screen) -> Plan:
     )  # fmt: skip
 
 
-def _choose(source: Source, screen: Screen, notes: list[str]) -> NDArray[np.int64]:
+def _choose(source: Listed, screen: Screen, notes: list[str]) -> NDArray[np.int64]:
     """Rows with a class that is wanted, ascending."""
     rows = np.flatnonzero(source.class_names != "")
     if not len(rows):
@@ -101,7 +102,7 @@ def _choose(source: Source, screen: Screen, notes: list[str]) -> NDArray[np.int6
 
 
 def _units(
-    source: Source, rows: NDArray[np.int64], screen: Screen, notes: list[str]
+    source: Listed, rows: NDArray[np.int64], screen: Screen, notes: list[str]
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Columns whose groups stay in one part, and the group of each row; without any, every image is a group."""
     by = split_columns(screen.split.by, source.metadata, source.name, "split.by")
@@ -117,7 +118,7 @@ def _units(
 
 
 def _surveyed(
-    source: Source, screen: Screen, by_plate: list[NDArray[np.int64]], plate_of: NDArray[np.int64], plates: list[str],
+    source: Listed, screen: Screen, by_plate: list[NDArray[np.int64]], plate_of: NDArray[np.int64], plates: list[str],
     notes: list[str],
 ) -> tuple[tuple[NDArray[np.int64], NDArray[np.bool_]], ...]:  # fmt: skip
     """A sample of each plate: half of it reference rows, where there are as many."""
@@ -148,7 +149,7 @@ def _surveyed(
     return tuple(surveyed)
 
 
-def _reference(source: Source, screen: Screen) -> NDArray[np.bool_]:
+def _reference(source: Listed, screen: Screen) -> NDArray[np.bool_]:
     """Rows of the reference wells, (N,)."""
     query = screen.intensity.reference
     if query is None:

@@ -27,7 +27,7 @@ from diffex.ingest_plan import Plan
 from diffex.plates import survey_images, survey_plate, unknown_survey
 from diffex.readers import fit_square
 from diffex.screen import Screen
-from diffex.sources import Source
+from diffex.sources import Listed
 
 LEAVE_OUT = "or leave such images out, and have them listed, with --skip-bad"
 
@@ -49,7 +49,7 @@ class Job:
         dtype: of stored images.
     """
 
-    source: Source
+    source: Listed
     screen: Screen
     plan: Plan
     folder: Path

@@ -175,8 +175,8 @@ def test_pixels_are_mapped_into_memory_not_read(simulated: ImageStore) -> None:
     before = pa.total_allocated_bytes()
     again = ImageStore(simulated.path)
     assert pa.total_allocated_bytes() - before < again.pixels(range(len(again))).nbytes / 10
-    with pytest.raises(ValueError, match="read-only"):
-        again._pixels[0][0] = 0
+    with pytest.raises(TypeError, match="read-only"):
+        again._bytes[0][0] = 0
 
 
 def test_two_stores_of_one_folder_hold_the_same(simulated: ImageStore) -> None:
