@@ -341,3 +341,38 @@ def _nearest(labels: Labels, middle: NDArray) -> int:
     centre = np.hypot(*(np.array(ndimage.center_of_mass(labels > 0, labels, index)) - middle).T)
     best = int(np.argmin(reach + centre))
     return int(index[best]) if reach[best] < min(labels.shape) / 4 else 0
+
+
+PHOTOGRAPH = ("red", "green", "blue", "brightfield", "phase", "transmitted")
+"""Channels, in any case, in which cells are darker than the empty ground."""
+
+
+def compartments(
+    image: Plane, channels: Sequence[str], nucleus_channel: str | None = None, cell_channel: str | None = None,
+    background: float | None = None,
+) -> tuple[dict[str, Mask], int | None]:  # fmt: skip
+    """Masks of the cell in the middle, under the names of their features.
+
+    In photographs (all channels named in PHOTOGRAPH) cells are looked for in the negative.
+
+    Args:
+        image: (C, H, W), any unit.
+        channels: names of the C channels.
+        nucleus_channel: name of the nuclei's; None: told by its name.
+        cell_channel: name of the channel to find the cell in; None: all but the nuclei's.
+        background: as of ``cell_plane``; not used for photographs.
+
+    Returns:
+        (H, W) masks of Nuclei, Cells and Cytoplasm, empty where there is none; and the number of nuclei.  Without a
+        channel of nuclei, when nobody knows what of the cell is cytoplasm, only Cells and None.
+
+    Raises:
+        UserError: there is no channel of the name given.
+    """
+    if all(name.lower() in PHOTOGRAPH for name in channels):
+        image, background = image.max(axis=(1, 2), keepdims=True) - image, None
+    nuclear = find_channel(channels, nucleus_channel, NUCLEUS_NAMES)
+    nuclei, cell, count = central_cell(image, nuclear, find_channel(channels, cell_channel), background)
+    if nuclear is None:
+        return {"Cells": cell}, None
+    return {"Nuclei": nuclei, "Cells": cell, "Cytoplasm": cell & ~nuclei if count else nuclei}, count

@@ -71,6 +71,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         "--nucleus-channel", help="channel that shows nuclei (default: the one called DNA, DAPI, ...)"
     )
     features.add_argument("--cell-channel", help="channel that shows whole cells (default: all others)")
+    features.add_argument(
+        "--full", action="store_true", help="all that CellProfiler measures; slower, needs pip install 'diffex[cells]'"
+    )
     for verb in (ingest, features):
         verb.add_argument("--workers", type=int, help="tasks at a time (default: the CPUs of this machine or cluster)")
     simulate = made["simulate"]
@@ -237,7 +240,7 @@ def _features(options: argparse.Namespace) -> int:
         with Workers(options.workers) as run:
             cells, features = write_profiles(
                 ImageStore(options.store), options.output, nucleus_channel=options.nucleus_channel,
-                cell_channel=options.cell_channel, run=run, progress=bars,
+                cell_channel=options.cell_channel, full=options.full, run=run, progress=bars,
             )  # fmt: skip
     finally:
         bars.close()

@@ -1,4 +1,4 @@
-"""Classical features of the cell in the middle of an image: what CellProfiler measures, under pycytominer's names.
+"""Core features of the cell in the middle of an image: what CellProfiler measures, under pycytominer's names.
 
     Nuclei_AreaShape_Area, Cells_Intensity_MeanIntensity_actin, Cells_RadialDistribution_FracAtD_actin_4of4, ...
 
@@ -17,7 +17,8 @@ from scipy import ndimage
 from skimage import feature, morphology
 from skimage import measure as regions
 
-from diffex.cells import NUCLEUS_NAMES, Mask, Plane, central_cell, depth_inside, find_channel
+from diffex.cellprofiler import measure_full
+from diffex.cells import Mask, Plane, compartments, depth_inside
 
 GREYS = 16  # grey levels of the texture features
 RINGS = 4  # of the radial distribution
@@ -51,12 +52,8 @@ def measure(
         UserError: there is no channel of the name given.
     """
     pixels = np.asarray(image, np.float32)
-    nuclear = find_channel(channels, nucleus_channel, NUCLEUS_NAMES)
-    nuclei, cell, count = central_cell(pixels, nuclear, find_channel(channels, cell_channel), background)
-    parts = {"Cells": cell}
-    if nuclear is not None:  # without a nucleus nobody knows what of the cell is cytoplasm
-        parts = {"Nuclei": nuclei, "Cells": cell, "Cytoplasm": cell & ~nuclei if count else nuclei}
-    values = {} if nuclear is None else {"Cells_Children_Nuclei_Count": float(count)}
+    parts, count = compartments(pixels, channels, nucleus_channel, cell_channel, background)
+    values = {} if count is None else {"Cells_Children_Nuclei_Count": float(count)}
 
     def add(family: str, found: dict[str, float], channel: str = "") -> None:
         for name, value in found.items():
@@ -71,16 +68,22 @@ def measure(
                 add(f"{part}_Texture", _texture(plane, mask), channel)
                 add(f"{part}_Granularity", _granularity(plane, mask), channel)
             if part == "Cells":
-                add(f"{part}_RadialDistribution", _radial(plane, mask, nuclei if count else mask), channel)
+                add(f"{part}_RadialDistribution", _radial(plane, mask, parts["Nuclei"] if count else mask), channel)
         for a, b in combinations(range(len(channels)), 2):
             value = _correlation(pixels[a][mask], pixels[b][mask])
             values[f"{part}_Correlation_Correlation_{channels[a]}_{channels[b]}"] = value
     return values
 
 
-def measure_many(images: NDArray, channels: Sequence[str], **how: Any) -> dict[str, NDArray[np.float64]]:
-    """Measure single-cell images (n, C, H, W), n >= 1: feature name -> (n,) values.  ``how``: see ``measure``."""
-    rows = [measure(image, channels, **how) for image in images]
+def measure_many(
+    images: NDArray, channels: Sequence[str], *, full: bool = False, **how: Any
+) -> dict[str, NDArray[np.float64]]:
+    """Measure single-cell images (n, C, H, W), n >= 1: feature name -> (n,) values.
+
+    ``full``: all that CellProfiler measures (``cellprofiler.measure_full``), else the core set; ``how``: see
+    ``measure``.
+    """
+    rows = [(measure_full if full else measure)(image, channels, **how) for image in images]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 

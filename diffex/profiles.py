@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from diffex.cellprofiler import measurements
 from diffex.data import ImageStore, Progress
 from diffex.errors import UserError
 from diffex.features import measure_many
@@ -24,12 +25,13 @@ ENDINGS = (".parquet", ".csv", ".csv.gz")
 
 @dataclass(frozen=True)
 class Job:
-    """What every task needs: the store's folder, channels that show nuclei and cells (None: by name), and black."""
+    """What every task needs: the store, channels that show nuclei and cells (None: by name), black, and which set."""
 
     store: Path
     nucleus_channel: str | None
     cell_channel: str | None
     background: float | None
+    full: bool
 
 
 def measure_task(job: Job, span: tuple[int, int]) -> tuple[int, pa.Table]:
@@ -39,7 +41,7 @@ def measure_task(job: Job, span: tuple[int, int]) -> tuple[int, pa.Table]:
     images = (store.batch(rows).x.numpy() + 1) / 2
     features = measure_many(
         images, store.info.channels, nucleus_channel=job.nucleus_channel, cell_channel=job.cell_channel,
-        background=job.background,
+        background=job.background, full=job.full,
     )  # fmt: skip
     part = store.table.slice(span[0], len(rows))
     known = {n: part[n] for n in part.column_names if n.startswith(("Metadata_", "Factor_"))}
@@ -53,7 +55,7 @@ def measure_task(job: Job, span: tuple[int, int]) -> tuple[int, pa.Table]:
 
 def write_profiles(
     store: ImageStore, path: Path, *, nucleus_channel: str | None = None, cell_channel: str | None = None,
-    run: Run = run_here, progress: Progress = lambda what, done, total: None,
+    full: bool = False, run: Run = run_here, progress: Progress = lambda what, done, total: None,
 ) -> tuple[int, int]:  # fmt: skip
     """Measure every image of a store and write one table, readable by pycytominer.
 
@@ -61,6 +63,7 @@ def write_profiles(
         store: any image store; intensities are measured in its window, 0 black to 1 white.
         path: the table: .parquet, .csv or .csv.gz; it must not be there yet.
         nucleus_channel, cell_channel: channels that show nuclei and whole cells; None: by name, and all others.
+        full: all that CellProfiler measures, about ten times as slow; False: the core set.
         run: runs the tasks, here or on a cluster.
         progress: told of every task that ends.
 
@@ -68,8 +71,11 @@ def write_profiles(
         Number of cells, number of features.
 
     Raises:
-        UserError: the file is there, has another ending, or can't be written; or a channel has no such name.
+        UserError: the file is there, has another ending, or can't be written; a channel has no such name; or the full
+            set is asked for and cp_measure is not installed.
     """
+    if full:
+        measurements()  # complains here, not in a task
     if not path.name.lower().endswith(ENDINGS):
         raise UserError(f"{str(path)!r}: a feature table ends with {', '.join(ENDINGS)} (--output)")
     if path.exists():
@@ -80,7 +86,7 @@ def write_profiles(
     done = features = 0
     try:
         waiting.touch()  # before hours of work
-        results = run(measure_task, Job(store.path.resolve(), nucleus_channel, cell_channel, black), spans)
+        results = run(measure_task, Job(store.path.resolve(), nucleus_channel, cell_channel, black, full), spans)
         with ExitStack() as stack:
             writer: Any = None
             for table in _in_order(results, [first for first, _ in spans]):

@@ -11,6 +11,7 @@ from diffex.assay import FACTORS, draw, plan, scene
 from diffex.cells import (
     NUCLEUS_NAMES,
     central_cell,
+    compartments,
     find_channel,
     nucleus_diameter,
     segment_cells,
@@ -214,3 +215,43 @@ def test_the_channel_of_nuclei_is_told_by_its_name(channels: tuple[str, ...], po
 def test_a_channel_that_is_not_there_names_the_nearest() -> None:
     with pytest.raises(UserError, match="no channel 'DNS': did you mean 'DNA'"):
         find_channel(("DNA", "actin"), "DNS")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Photographs
+
+
+def photograph(radius: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    """A red blood cell: a disc darker than the ground, with a pale middle and a stain; and its true mask."""
+    y, x = np.mgrid[:32, :32] - 15.5
+    disc = np.hypot(y, x) < radius
+    image = np.full((3, 32, 32), 0.95, np.float32) - 0.3 * disc
+    image[:, np.hypot(y, x) < 4] += 0.1
+    image[1, np.hypot(y - 4, x) < 2] -= 0.3
+    return image + 0.01 * np.random.default_rng(0).standard_normal(image.shape).astype(np.float32), disc
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def test_in_photographs_cells_are_darker_than_the_ground() -> None:
+    image, disc = photograph()
+    masks, count = compartments(image, ("red", "green", "blue"))
+    assert count is None
+    assert set(masks) == {"Cells"}
+    assert overlap(masks["Cells"], disc) > 0.75  # blurred a little, a small disc grows by a pixel
+
+
+def test_the_negative_of_a_photograph_under_the_name_of_a_stain_is_the_same_cell() -> None:
+    image, _ = photograph()
+    negative = image.max(axis=(1, 2), keepdims=True) - image
+    seen = compartments(negative, ("actin", "tubulin", "ER"))[0]["Cells"]
+    assert (seen == compartments(image, ("Red", "Green", "Blue"))[0]["Cells"]).all()
+
+
+def test_one_stain_among_them_makes_it_no_photograph() -> None:
+    image, disc = photograph()
+    masks, count = compartments(image, ("red", "green", "DNA"))
+    assert count is not None
+    assert overlap(masks["Cells"], disc) < 0.75
