@@ -216,7 +216,7 @@ def classification_report(
     """
     from scipy.stats import rankdata
 
-    from diffex.metrics import bootstrap_interval
+    from diffex.statistics import bootstrap_interval
 
     predicted = probabilities.argmax(axis=1)
     right = (predicted == labels).astype(float)

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from diffex.data import ImageStore
-from diffex.metrics import wilson_interval
 from diffex.splits import PARTS, unit_noun
+from diffex.statistics import wilson_interval
 
 Severity = Literal["serious", "caution", "good"]
 
