@@ -28,14 +28,16 @@ from diffex import tracking
 from diffex.cluster import Resources, compute_all, connected, use_threads
 from diffex.config import Experiment, from_dict
 from diffex.errors import UserError
-from diffex.pipeline import Outcome, ensure, nobody, stage_digests
+from diffex.measures import OBJECTIVES, overall_score
+from diffex.pipeline import EVALUATION, STAGE_1, Outcome, ensure, nobody, stage_digests
 from diffex.progress import Board, FileMeter
-from diffex.scoreboard import OBJECTIVES, overall_score, partial_scores
+from diffex.scoreboard import partial_scores
 from diffex.settings import digest, flat, to_dict
 from diffex.stages import EFFECTS_SO_FAR, Observe
 from diffex.store import Store
 
-SHARED = ("warmup", "ruler")  # what trials with equal data have in common, computed before they start
+SHARED = ("warmup", "robust", "real_cells", "ruler")
+"""What trials with equal data have in common (and all that it rests on), computed before they start."""
 
 
 @dataclass(frozen=True)
@@ -272,12 +274,13 @@ def _open_study(sweep: Sweep, output: Path) -> tuple[optuna.Study, optuna.storag
     for trial in study.trials:
         if trial.state != optuna.trial.TrialState.RUNNING:
             continue
-        row = _row_of(output, trial_name(sweep.base, trial.params)) if trial.params else None
+        whole = trial.params.keys() == sweep.space.keys()  # killed while it was proposed, a trial has but a part
+        row = _row_of(output, trial_name(sweep.base, trial.params)) if whole else None
         if row is not None and all(isinstance(row.get(m), float) for m in sweep.metrics):
             study.tell(trial.number, [row[m] for m in sweep.metrics])
         else:  # interrupted: first in the queue, and its finished stages are in the store
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            if trial.params:
+            if whole:
                 study.enqueue_trial(trial.params)
     if not study.trials:
         base, queued = flat(sweep.base), []
@@ -371,6 +374,7 @@ def finish_trial(
         **config, **row, "trial": name, "status": "finished", "paid": ", ".join(outcome.paid),
         "reused": ", ".join(outcome.reused), "cost.seconds": outcome.seconds(),
         "cost.seconds_paid": outcome.seconds(computed=True), "images": outcome["effects"].facts["images"],
+        "cost.stage_1_seconds": outcome.seconds(STAGE_1), "cost.evaluation_seconds": outcome.seconds(EVALUATION),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_run_record(folder, experiment, outcome)

@@ -16,9 +16,10 @@ from mlflow import MlflowClient
 
 from diffex.config import Experiment, load
 from diffex.errors import UserError
-from diffex.search import Levels, Range, Sweep, load_rows
+from diffex.search import Levels, Range, Sweep, _open_study, load_rows, trial_name, write_row
 
 ROOT = Path(__file__).parents[1]
+TINY = load(ROOT / "tests" / "tiny.yaml")
 SCRIPT = [sys.executable, str(ROOT / "sweeps" / "lambda_sweep.py"), "--recipe", str(ROOT / "tests" / "tiny.yaml")]
 
 
@@ -100,6 +101,8 @@ def test_mlflow_holds_a_parent_and_a_nested_run_for_each_trial(swept: Swept) -> 
         assert child.data.metrics["ssim"] == pytest.approx(row["ssim"])
         assert float(child.data.params["autoencoder.lambda1"]) == row["autoencoder.lambda1"]
         assert len(client.get_metric_history(child.info.run_id, "train.autoencoder.simple")) > 10
+        assert child.data.tags["diffex.signatures"] == row["signatures"] != ""
+        assert {"phenotypes.parquet", "ways.png"} <= {a.path for a in client.list_artifacts(child.info.run_id)}
     artifacts = {a.path for a in client.list_artifacts(parents[0].info.run_id)}
     assert {"report.html", "scoreboard.parquet", "figures"} <= artifacts
 
@@ -113,6 +116,12 @@ def test_the_output_folder_holds_table_figures_and_a_self_contained_report(swept
     report = (swept.output / "report.html").read_text(encoding="utf-8")
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert report.count("data:image/png;base64,") >= 6
+    for heading in ("Is it real?", "What goes wrong", "Can it be trusted?"):
+        assert heading in report
+    assert "Over seeds" not in report
+    best = max(load_rows(swept.output), key=lambda r: r["score"])
+    for name in best["signatures"].split(", "):  # a few steps of training: something is wrong, and said
+        assert name in report
     for row in load_rows(swept.output):
         assert row["trial"] in report
         assert row["trial"] in swept.done.stdout
@@ -138,6 +147,30 @@ def test_one_scalar_objective_runs_with_early_stopping(swept: Swept) -> None:
     for row in rows:
         expected = (row["flip_rate"] * row["disentanglement"] * row["ssim"]) ** (1 / 3)
         assert row["score"] == pytest.approx(expected)
+
+
+def test_a_run_can_repeat_seeds(swept: Swept) -> None:
+    recipe = ["--recipe", str(ROOT / "tests" / "tiny.yaml"), "--store", str(swept.output / "store")]
+    command = [sys.executable, "-m", "diffex.cli", "run", "--seeds", "2", "--output", "seeds", *recipe]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=swept.folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = load_rows(swept.folder / "seeds")
+    assert {r["run.seed"] for r in rows} == {0, 1}
+    (found,) = pq.read_table(swept.folder / "seeds" / "seeds.parquet").to_pylist()
+    assert found["ssim"] == pytest.approx(sum(r["ssim"] for r in rows) / 2)
+    assert found["ssim_low"] < found["ssim"] < found["ssim_high"]
+    assert (
+        0 <= found["stability.retrained_low"] <= found["stability.retrained"] <= found["stability.retrained_high"] <= 1
+    )
+    assert "Over seeds" in (swept.folder / "seeds" / "report.html").read_text(encoding="utf-8")
+    client = MlflowClient(f"sqlite:///{swept.folder / 'seeds' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("run")
+    assert experiment is not None
+    parent = client.search_runs([experiment.experiment_id], "tags.`diffex.kind` = 'sweep'")[0]
+    assert parent.data.metrics["seeds.ssim"] == pytest.approx(found["ssim"])
 
 
 def test_another_configuration_is_refused_and_nothing_is_touched(swept: Swept) -> None:
@@ -175,6 +208,18 @@ def test_a_sweep_is_named_by_everything_but_its_number_of_trials() -> None:
     assert sweep(space, base).digest == sweep(space, base).digest
     assert sweep(space, base).digest != sweep(space, base.with_settings({"run.seed": 1})).digest
     assert sweep(space, base).digest != sweep({"directions.lambda2": Range(0.1, 5.0, log=True)}, base).digest
+
+
+def test_a_trial_that_was_killed_while_it_was_proposed_is_not_taken_for_another(tmp_path: Path) -> None:
+    """Its first parameters alone name the trial of the base's values, which has a row."""
+    sweep = Sweep(
+        name="s", base=TINY, space={"autoencoder.lambda1": Levels((0.0, 3.0)), "directions.tau": Range(0.1, 1.0)}
+    )
+    write_row(tmp_path / "trials" / trial_name(TINY, {}), {"status": "finished", **dict.fromkeys(sweep.metrics, 0.5)})
+    study, _ = _open_study(sweep, tmp_path)
+    study.ask().suggest_categorical("autoencoder.lambda1", (0.0, 3.0))
+    study, _ = _open_study(sweep, tmp_path)
+    assert [t.state.name for t in study.trials] == ["FAIL"]
 
 
 def test_a_space_with_an_unknown_setting_or_an_impossible_value_is_refused_at_once() -> None:
