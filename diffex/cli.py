@@ -8,13 +8,16 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffex import data_cli
 from diffex.config import Experiment, idle_settings, load, recipes
 from diffex.errors import UserError
 from diffex.settings import describe, digest, flat, parse_settings
 from diffex.version import __version__
+
+if TYPE_CHECKING:
+    from diffex.search import Sweep
 
 HOME = Path("diffex-output")
 
@@ -50,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_experiment_options(verb)
         if name != "config":
             add_place_options(verb, "run")
+        if name == "run":
+            verb.add_argument(
+                "--seeds", type=int, default=1, metavar="N",
+                help="train all of it N times, from seeds run.seed, run.seed + 1, ..., and report mean and interval",
+            )  # fmt: skip
         if name == "data":
             data_cli.add_verbs(verb)
     options = parser.parse_args(argv)
@@ -165,6 +173,8 @@ def _run_verb(options: argparse.Namespace) -> int:
     from diffex.store import Store
 
     experiment = experiment_of(options)
+    if getattr(options, "seeds", 1) != 1:
+        return _run_seeds(experiment, options)
     last = LAST_STAGE.get(options.verb, "pictures")
     name = f"run-{digest(experiment)[:8]}"
     output = options.output or HOME / name
@@ -194,6 +204,19 @@ def _run_verb(options: argparse.Namespace) -> int:
     else:
         _finish_run(options, experiment, outcome, output, uri)
     return 0
+
+
+def _run_seeds(base: Experiment, options: argparse.Namespace) -> int:
+    """The same experiment from several seeds: a sweep over ``run.seed`` that tries every one of them once."""
+    from diffex.search import Levels, Sweep
+
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
+    seeds = tuple(range(base.run.seed, base.run.seed + options.seeds))
+    first = [{"run.seed": seed} for seed in seeds]
+    sweep = Sweep(name="run", base=base, space={"run.seed": Levels(seeds)}, first=first)
+    options.trials = options.seeds
+    return _go(sweep, options, "Why the classifier decides")
 
 
 def _show_data(experiment: Experiment, outcome: Any, output: Path) -> None:
@@ -231,6 +254,8 @@ def _show_ranking(outcome: Any) -> None:
 
     for line in headline(outcome["scoreboard"].facts["top"]):
         print(line)
+    row = json.loads((outcome["scoreboard"].path / "row.json").read_text(encoding="utf-8"))
+    print(f"failure signatures: {row['signatures']}")
 
 
 def _finish_run(options: argparse.Namespace, experiment: Experiment, outcome: Any, output: Path, uri: str) -> None:
@@ -308,8 +333,7 @@ def _run_sweep(
     name: str, space: Mapping[str, Any], assay_space: Mapping[str, Any], first: Sequence[Mapping[str, Any]],
     options: argparse.Namespace,
 ) -> int:  # fmt: skip
-    from diffex.search import Levels, Sweep, run_sweep
-    from diffex.tracking import open_sweep
+    from diffex.search import Levels, Sweep
 
     if options.trials < 1:
         raise UserError(f"--trials must be at least 1, got {options.trials}")
@@ -319,13 +343,22 @@ def _run_sweep(
     space = {**space, **(assay_space if base.data.path is None else {}), **_varied(options.vary)}
     first = [{k: v for k, v in settings.items() if k in space} for settings in first]
     sweep = Sweep(name=name, base=base, space=space, first=first, objective=options.objective)
+    return _go(sweep, options, name.replace("_", " ").capitalize())
+
+
+def _go(sweep: Sweep, options: argparse.Namespace, title: str) -> int:
+    """Run a sweep, or show what it would do, and write its report."""
+    from diffex.search import run_sweep
+    from diffex.tracking import open_sweep
+
+    name, base, space = sweep.name, sweep.base, sweep.space
     folder = f"{name}-{sweep.digest[:8]}"
     if options.dry_run:
         return _plan_sweep(sweep, options.trials)
     output, store, uri = _places(options, folder)
     claim_output(output, {"digest": sweep.digest, "settings": flat(base), "kind": "sweep"})
     print(f"results: {output}    MLflow: mlflow ui --backend-store-uri {uri}", flush=True)
-    shown = {**flat(base), "trials": options.trials, "objective": options.objective,
+    shown = {**flat(base), "trials": options.trials, "objective": sweep.objective,
              **{f"space.{k}": str(v) for k, v in space.items()}}  # fmt: skip
     target = open_sweep(
         uri, name, sweep.digest, artifacts=output / "mlartifacts", params=shown, tags={"diffex.version": __version__}
@@ -336,7 +369,7 @@ def _run_sweep(
         print(f"a trial failed: {reason}", file=sys.stderr)
     if not any(r["status"] == "finished" for r in result.rows):
         raise UserError("no trial finished; the reasons stand above")
-    conclude(name.replace("_", " ").capitalize(), base, space, output, result, target, uri)
+    conclude(title, base, space, output, result, target, uri)
     return 1 if result.failed else 0
 
 
@@ -360,13 +393,16 @@ def conclude(
     import pyarrow.parquet as pq
 
     from diffex import figures, tracking
+    from diffex.measures import OBJECTIVES, over_seeds, pareto_front
     from diffex.report import save_figure, write_report
-    from diffex.scoreboard import OBJECTIVES, pareto_front
 
     pq.write_table(pa.Table.from_pylist(result.rows), output / "scoreboard.parquet")
     rows = [r for r in result.rows if r["status"] == "finished"]
     best = max(rows, key=lambda r: r["score"])
     front = pareto_front(rows, OBJECTIVES)
+    seeds = [{**group, **_retrained(output, group["trials"])} for group in over_seeds(rows, list(space))]
+    if seeds:
+        pq.write_table(pa.Table.from_pylist(seeds), output / "seeds.parquet")
     stages = json.loads((output / "trials" / best["trial"] / "stages.json").read_text(encoding="utf-8"))
     facts = {s: json.loads((Path(p) / "entry.json").read_text(encoding="utf-8"))["facts"] for s, p in stages.items()}
     pictures = {}
@@ -391,17 +427,39 @@ def conclude(
     report = write_report(
         output / "report.html", title=title, experiment=base, rows=rows, settings=list(space), trials=output / "trials",
         best=best["trial"], top=facts["scoreboard"]["top"], figures_of_all=pictures, command=shlex.join(words),
-        facts={**facts["data"], "source": base.data.path or "the simulated assay"},
+        facts={**facts["data"], "source": base.data.path or "the simulated assay"}, seeds=seeds,
     )  # fmt: skip
     if target is not None:
         summary = {f"best.{name}": best[name] for name in ("score", *OBJECTIVES)}
         summary |= {"trials.finished": len(rows), "seconds": result.seconds}
-        files = [output / "scoreboard.parquet", report, *sorted((output / "figures").glob("*.png"))]
+        if len(seeds) == 1:
+            summary |= {f"seeds.{name}": value for name, value in seeds[0].items() if name != "seeds"}
+        tables = [p for p in (output / "scoreboard.parquet", output / "seeds.parquet") if p.is_file()]
+        files = [*tables, report, *sorted((output / "figures").glob("*.png"))]
         tracking.close_sweep(
             target, metrics=summary, folder=output, files=files, status="FAILED" if result.failed else "FINISHED"
         )
     print_table(rows, list(space), front)
     print(f"\nreport: {report}    MLflow: mlflow ui --backend-store-uri {uri}")
+
+
+def _retrained(output: Path, trials: Sequence[str]) -> dict[str, float]:
+    """Do whole trainings from other seeds find the same directions?  Matched by the mean change maps of their edits."""
+    import pyarrow.parquet as pq
+
+    from diffex.ranking import arrays
+    from diffex.stability import agreement
+
+    maps = []
+    for trial in trials:
+        places = json.loads((output / "trials" / trial / "stages.json").read_text(encoding="utf-8"))
+        effects = Path(places["effects"])
+        source, target = json.loads((effects / "entry.json").read_text(encoding="utf-8"))["facts"]["pairs"][0]
+        change = arrays(pq.read_table(effects / "effects.parquet"), "learned", source, target).change
+        maps.append(change[:, :, 0].mean(axis=0))
+    found = agreement(maps)
+    name = "stability.retrained"
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 MEASURES = {

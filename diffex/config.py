@@ -173,12 +173,29 @@ class Ranking:
 class Evaluation:
     """What the scoreboard measures, and on how many images."""
 
-    num_images: int = setting(128, "test images for reconstruction and for the conditioning gate", low=4)
+    num_images: int = setting(96, "test images for reconstruction and for the conditioning gate", low=4)
     random_directions: int = setting(24, "random directions of the null", low=1)
     baselines: tuple[str, ...] = setting(
         ("class_mean",), "directions to set beside the learned ones", choices=("class_mean", "linear", "principal")
     )
-    ruler_images: int = setting(32_000, "images the factor regressor is trained on (assay only)", low=64)
+    ruler_images: int = setting(20_000, "images the factor regressor is trained on (assay only)", low=64)
+    witness_images: int = setting(8_000, "images an independent classifier, the witness, is trained on", low=64)
+    witness_width: int = setting(16, "channels of the witness's first level", low=4, high=512)
+    robust_images: int = setting(4_000, "images of the adversarial training of a robust counterpart", low=64)
+    epsilon: float = setting(0.06, "largest change of a pixel in attacks (images are in [-1, 1])", low=1e-4, high=1.0)
+    real_images: int = setting(120, "held-out images of each class whose cells are measured", low=8)
+    cell_features: str = setting(
+        "core", "features of cells: diffex's own, or CellProfiler's full set (diffex[cells])", choices=("core", "full")
+    )
+    nucleus_channel: str | None = setting(None, "channel that shows nuclei; null: told by its name")
+    cell_channel: str | None = setting(None, "channel that shows whole cells; null: all but the nuclei's")
+    audited: int = setting(5, "directions whose way is followed and audited (one of every pair at least)", low=1)
+    followed_images: int = setting(24, "images on which that is done", low=4)
+    steps: int = setting(4, "steps on the way to the reference length", low=2, high=64)
+    replicas: int = setting(2, "times the directions are trained again, for their stability", low=1, high=20)
+    lpips: str | None = setting(
+        None, "real LPIPS beside the witness's distance: path of ST-LPIPS' AlexNet weights, or lpips (the package)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

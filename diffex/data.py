@@ -109,6 +109,14 @@ class StoreInfo:
             raise UserError(f"image store {str(folder)!r} is damaged ({RECORD} can't be read): make it again") from None
 
 
+def ingest_record(folder: Path) -> dict[str, Any]:
+    """What ``diffex data ingest`` noted in the store of that folder; empty if it made no note."""
+    try:
+        return dict(json.loads((folder / "ingest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
 class ImageStore:
     """Open a store for reading; pixels are memory-mapped, so any number of processes share one copy.
 
@@ -189,10 +197,7 @@ class ImageStore:
 
     def ingest_record(self) -> dict[str, Any]:
         """What ``diffex data ingest`` noted in ``ingest.json``: settings, surveys, counts; empty if it made no note."""
-        try:
-            return dict(json.loads((self.path / "ingest.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
+        return ingest_record(self.path)
 
     def groups(self) -> NDArray[np.int64]:
         """Number of each image's statistical unit (well, donor, ...; without one, the image itself), (N,)."""

@@ -27,6 +27,10 @@ from diffex.errors import UserError, did_you_mean
 from diffex.model import Code, DiffusionAutoencoder
 
 MAP = 8  # change maps are pooled to MAP x MAP pixels a channel
+CHANGED = 0.05  # of the intensity range: a pixel that changes by less looks the same
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Distance of two batches of images (B, C, H, W) in [-1, 1]: (B,)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def plan_edits(
 def effects_table(
     model: DiffusionAutoencoder, classifier: FrozenClassifier, directions: Mapping[str, DirectionSet],
     edits: Sequence[Edit], x: Tensor, rows: Tensor, *, reference: float, measure: Measure | None = None,
-    batch_size: int = 64,
+    judges: Mapping[str, FrozenClassifier] | None = None, distances: Mapping[str, Distance] | None = None,
+    cells: Tensor | None = None, conditioned_on: FrozenClassifier | None = None, batch_size: int = 64,
 ) -> pa.Table:  # fmt: skip
     """Encode images once, render all edits of them, and tabulate what changed.
 
@@ -83,18 +88,26 @@ def effects_table(
         rows: (B,) their rows in the store, to join metadata by.
         reference: the reference length, in standard deviations.
         measure: regressor of factors, or None.
+        judges: name -> other classifier whose verdict is tabulated beside the explained one's.
+        distances: name -> distance of two batches of images, from reconstruction to edit.
+        cells: (B, H, W) masks of the cells, so that changes inside and outside can be told apart.
+        conditioned_on: the classifier whose verdict is part of the code; None: the explained one.
         batch_size: images rendered at a time.
 
     Returns:
         B * len(edits) rows: ``row, kind, direction, alpha, reference, length_z, ssim, l1``, ``change`` (signed, pooled
-        to MAP x MAP, C * MAP * MAP float32), ``p_original:<class>``, ``p_reconstruction:<class>``, ``p_edit:<class>``,
-        and ``shift:<factor>`` where there is a measure.
+        to MAP x MAP, C * MAP * MAP float32), ``changed`` (share of pixels that change by more than CHANGED in some
+        channel), ``p_original:<class>``, ``p_reconstruction:<class>``, ``p_edit:<class>``; ``shift:<factor>`` where
+        there is a measure; ``<judge>_reconstruction:<class>`` and ``<judge>_edit:<class>`` of each judge; ``<name>`` of
+        each distance; ``l1_cell`` and ``l1_outside`` where there are masks (NaN where a mask is empty or full).
     """
+    judges, distances = judges or {}, distances or {}
     probs = classifier.probabilities(x)
-    code = model.encode(x, probs)
+    code = model.encode(x, conditioned_on.probabilities(x) if conditioned_on else probs)
     reconstruction = model.decode(code.z, code.x_T)
     p_reconstruction = classifier.probabilities(reconstruction)
     factors = measure.network(reconstruction) if measure else None
+    before = {name: judge.probabilities(reconstruction).cpu().numpy() for name, judge in judges.items()}
     unit = {kind: group.unit(code.z) for kind, group in directions.items()}
     per_call = max(1, batch_size // len(x))
     parts = []
@@ -118,18 +131,36 @@ def effects_table(
             "length_z": dz.norm(dim=1).cpu().numpy(),
             "ssim": metrics.ssim(edited, base).cpu().numpy(),
             "l1": change.abs().flatten(1).mean(dim=1).cpu().numpy(),
+            "changed": (change.abs().amax(dim=1) > CHANGED).flatten(1).float().mean(dim=1).cpu().numpy(),
             "change": _maps(change),
         }
+        columns |= {name: distance(base, edited).cpu().numpy() for name, distance in distances.items()}
+        if cells is not None:
+            columns |= _by_mask(change, cells.to(change).repeat(repeat, 1, 1))
         p_edit = classifier.probabilities(edited).cpu().numpy()
         for c, name in enumerate(classifier.class_names):
             columns[f"p_original:{name}"] = probs[:, c].repeat(repeat).cpu().numpy()
             columns[f"p_reconstruction:{name}"] = p_reconstruction[:, c].repeat(repeat).cpu().numpy()
             columns[f"p_edit:{name}"] = p_edit[:, c]
+        for judge, said in before.items():
+            after = judges[judge].probabilities(edited).cpu().numpy()
+            for c, name in enumerate(judges[judge].class_names):
+                columns[f"{judge}_reconstruction:{name}"] = np.tile(said[:, c], repeat)
+                columns[f"{judge}_edit:{name}"] = after[:, c]
         if measure and factors is not None:
             shift = (measure.network(edited) - factors.repeat(repeat, 1)).cpu().numpy()
             columns |= {f"shift:{name}": shift[:, j] for j, name in enumerate(measure.names)}
         parts.append(pa.table(columns))
     return pa.concat_tables(parts).combine_chunks()
+
+
+def _by_mask(change: Tensor, inside: Tensor) -> dict[str, NDArray]:
+    """Mean absolute change of a pixel inside and outside the cells, from changes (B, C, H, W), masks (B, H, W)."""
+    size = change.abs().mean(dim=1)
+    found = {}
+    for name, mask in (("l1_cell", inside), ("l1_outside", 1 - inside)):
+        found[name] = ((size * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))).cpu().numpy()  # 0 / 0 is NaN
+    return found
 
 
 def _maps(change: Tensor) -> pa.FixedSizeListArray:
@@ -267,8 +298,17 @@ def choose_rows(
 ) -> NDArray[np.int64]:
     """Images of class ``source`` to explain: rightly classified ones of ``candidates``, drawn evenly over units."""
     rows = candidates[(labels[candidates] == source) & (predicted[candidates] == source)]
-    rng = np.random.default_rng([seed, source])
-    rows = rng.permutation(rows)
+    return evenly(rows, groups, num, [seed, source])
+
+
+def evenly(rows: NDArray[np.int64], groups: NDArray, num: int, seed: int | Sequence[int]) -> NDArray[np.int64]:
+    """Up to ``num`` of the rows, drawn at random, as many of one unit as of another as far as they reach.
+
+    Args:
+        rows: of the store.
+        groups: (N,) unit of every image of the store.
+    """
+    rows = np.random.default_rng(seed).permutation(rows)
     turn = np.zeros(len(rows), np.int64)  # how many of its unit stand before it
     seen: dict[int, int] = {}
     for i, g in enumerate(groups[rows]):

@@ -7,7 +7,7 @@ large enough to see a cell.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -193,6 +193,88 @@ def ranking(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float] | N
     left.set_xlim(-0.03, 1.03)
     left.invert_yaxis()
     left.legend(fontsize=7.5, frameon=False, loc="best")
+    return figure
+
+
+def phenotypes(
+    rows: Sequence[Mapping[str, Any]], words: Callable[[str], str], show: Callable[[str], bool], most: int = 9
+) -> Figure:
+    """What directions change in the cells beside what the treatment changes in real cells, feature by feature.
+
+    Args:
+        rows: rows of the phenotype table; the directions of its first pair are drawn.
+        words: a feature's name in words.
+        show: which features a reader understands; others are drawn only where there are none.
+        most: features of a panel.
+    """
+    first = (rows[0]["source"], rows[0]["target"])
+    mine = [r for r in rows if (r["source"], r["target"]) == first]
+    ranks = sorted({r["rank"] for r in mine})[:4]
+    panels = []
+    for rank_ in ranks:
+        of = [r for r in mine if r["rank"] == rank_]
+        known = [r for r in of if show(r["feature"])] or of
+        size = [max(abs(r["shift"]), 0.3 * abs(r["real"]) if r["real"] == r["real"] else 0.0) for r in known]
+        panels.append([known[j] for j in np.argsort(size)[::-1][:most]][::-1])
+    figure = Figure(figsize=(11.5, 0.6 + 0.33 * most * -(-len(panels) // 2) + 1.0), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(-(-len(panels) // 2), 2)).ravel()
+    for axes, panel in zip(grid, panels, strict=False):
+        y = np.arange(len(panel))
+        shift, real = (np.array([r[k] for r in panel], float) for k in ("shift", "real"))
+        low, high = (np.array([r[k] for r in panel], float) for k in ("shift_low", "shift_high"))
+        axes.barh(y + 0.2, shift, 0.38, color=GOOD, label="this direction, edited cells")
+        axes.errorbar(
+            shift, y + 0.2, xerr=np.nan_to_num(np.abs([shift - low, high - shift])), fmt="none", ecolor=INK, lw=0.8
+        )
+        axes.barh(y - 0.2, np.nan_to_num(real), 0.38, color=SOFT, label=f"real {first[1]} cells against {first[0]}")
+        axes.set_yticks(y, [textwrap.shorten(words(r["feature"]), 46, placeholder="…") for r in panel], fontsize=7.5)
+        axes.axvline(0, color=INK, lw=0.8)
+        axes.tick_params(labelsize=7.5)
+        axes.set_title(
+            f"{panel[0]['rank']}. direction {panel[0]['direction']}: {panel[0]['verdict']}", fontsize=9, color=INK
+        )
+        axes.set_xlabel("standard deviations of control cells", fontsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside upper center", ncols=2)
+    return figure
+
+
+def ways(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """How verdicts change on the way along each followed direction: the classifier's, and those of who else judges.
+
+    Args:
+        rows: of the trajectory table; the directions of its first pair are drawn.
+    """
+    first = (rows[0]["source"], rows[0]["target"])
+    mine = [r for r in rows if (r["source"], r["target"]) == first]
+    ranks = sorted({r["rank"] for r in mine})[:5]
+    figure = Figure(figsize=(2.25 * len(ranks) + 0.9, 2.7), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(1, len(ranks), sharey=True))
+    judges = {
+        "p": ("the classifier", GOOD, "-"),
+        "witness": ("the witness", MARK, "--"),
+        "robust": ("robust counterpart", SOFT, ":"),
+    }
+    for axes, rank_ in zip(grid, ranks, strict=True):
+        of = [r for r in mine if r["rank"] == rank_]
+        steps = sorted({r["step"] for r in of})
+        alpha = [np.mean([abs(r["alpha"]) for r in of if r["step"] == s]) for s in steps]
+        for judge, (label, colour, line) in judges.items():
+            p = [np.mean([r[f"{judge}:{first[1]}"] for r in of if r["step"] == s]) for s in steps]
+            axes.plot(alpha, p, line, color=colour, marker="o", ms=3, lw=1.6, label=label)
+        axes.set_title(
+            f"{rank_}. direction {of[0]['direction']}{'+' if of[0]['sign'] > 0 else '−'}", fontsize=9, color=INK
+        )
+        axes.set_xlabel("length, sd of the code", fontsize=8)
+        axes.set_ylim(-0.03, 1.03)
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=7.5)
+    grid[0].set_ylabel(f"mean p({first[1]})", fontsize=8)
+    grid[0].legend(fontsize=7, frameon=False)
     return figure
 
 

@@ -1,7 +1,8 @@
 """The stage graph, and the one way to compute anything: ``ensure(store, experiment, stage)``.
 
-    data -> classifier -> warmup -> autoencoder -> latents -> responses -> directions -> effects -> scoreboard
-         -> ruler (assay)                       -> reconstruction                                -> pictures
+    data -> classifier -> warmup -> autoencoder -> latents -> responses -> directions -> effects -> evidence
+                                                -> reconstruction          -> replicas           -> truth (assay)
+    data -> ruler (assay), witness, robust, real_cells: the instruments;   all of it -> scoreboard -> pictures
 
 A stage's digest is made of its own settings, the digests of the stages it needs, and the code that it runs; so two
 trials that agree on a prefix share it.  lambda_1 enters only after the warm-up; lambda_2, lambda_3, K and tau only need
@@ -14,13 +15,13 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffex import assay, stages
+from diffex import assay, evidence, instruments, stages
 from diffex.classifier import is_given
 from diffex.compute import Compute
 from diffex.config import Experiment, from_dict
@@ -51,8 +52,9 @@ class Stage:
 
 
 def absent(e: Experiment) -> set[str]:
-    """Stages that an experiment has no use for: the ruler of real images, responses that no loss looks at."""
-    wanted = {"ruler": e.data.path is None, "responses": needs_responses(e.directions)}
+    """Stages that an experiment has no use for: the truth of real images, responses that no loss looks at."""
+    simulated = e.data.path is None
+    wanted = {"ruler": simulated, "truth": simulated, "responses": needs_responses(e.directions)}
     return {name for name, there in wanted.items() if not there}
 
 
@@ -83,9 +85,11 @@ def _uses_classifier(e: Experiment) -> Any:
     return _seeded(e, to_dict(e.classifier))
 
 
-def _uses_ruler(e: Experiment) -> Any:
-    training = _pick(e.classifier, "batch_size", "learning_rate", "weight_decay", "noise")
-    return _seeded(e, e.evaluation.ruler_images, training)
+_TRAINING = ("batch_size", "learning_rate", "weight_decay", "noise")
+
+
+def _uses_instrument(*names: str) -> Callable[[Experiment], Any]:
+    return lambda e: _seeded(e, _pick(e.evaluation, *names), _pick(e.classifier, *_TRAINING))
 
 
 def _uses_warmup(e: Experiment) -> Any:
@@ -100,11 +104,21 @@ def _uses_autoencoder(e: Experiment) -> Any:
 
 def _uses_effects(e: Experiment) -> Any:
     asked = _pick(e.ranking, "source", "target", "num_images", "alphas")
-    return _seeded(e, asked, _pick(e.evaluation, "random_directions", "baselines"), to_dict(e.rendering))
+    measured = _pick(e.evaluation, "random_directions", "baselines", "lpips", *_CHANNELS)
+    return _seeded(e, asked, measured, to_dict(e.rendering))
+
+
+def _uses_evidence(e: Experiment) -> Any:
+    followed = _pick(e.evaluation, "audited", "followed_images", "steps", "num_images", "cell_features", *_CHANNELS)
+    ranked = _pick(e.ranking, "num_images", *(("order", "top", "explained_at") if e.ranking.order == "greedy" else ()))
+    return _seeded(e, followed, ranked, to_dict(e.rendering))
 
 
 def _uses_scoreboard(e: Experiment) -> Any:
     return _seeded(e, to_dict(e.ranking), to_dict(e.assay), e.evaluation.baselines)
+
+
+_CHANNELS = ("nucleus_channel", "cell_channel")
 
 
 _NETWORK = ("networks", "diffusion", "model")
@@ -120,16 +134,32 @@ GRAPH: dict[str, Stage] = {
         run=stages.run_classifier, needs=("data",), code=("networks", "classifier", "train", "metrics"),
         uses=_uses_classifier,
     ),
-    "ruler": Stage(run=stages.run_ruler, needs=("data",), code=("assay", "networks", "train"), uses=_uses_ruler),
+    "ruler": Stage(
+        run=instruments.run_ruler, needs=("data",), code=("assay", "networks", "train"),
+        uses=_uses_instrument("ruler_images"),
+    ),
+    "witness": Stage(
+        run=instruments.run_witness, needs=("data",), code=("networks", "classifier", "train", "statistics"),
+        uses=_uses_instrument("witness_images", "witness_width"),
+    ),
+    "robust": Stage(
+        run=instruments.run_robust, needs=("data", "classifier", "witness"),
+        code=("networks", "classifier", "train", "robustness", "statistics"),
+        uses=_uses_instrument("robust_images", "epsilon"),
+    ),
+    "real_cells": Stage(
+        run=instruments.run_real_cells, needs=("data",), code=("cells", "features", "cellprofiler", "explain"),
+        uses=lambda e: _seeded(e, _pick(e.evaluation, "real_images", "cell_features", *_CHANNELS)),
+    ),
     "warmup": Stage(run=stages.run_warmup, needs=("data", "classifier"), code=(*_NETWORK, "train"), uses=_uses_warmup),
     "autoencoder": Stage(
         run=stages.run_autoencoder, needs=("data", "classifier", "warmup"), code=(*_NETWORK, "train"),
         uses=_uses_autoencoder,
     ),
     "reconstruction": Stage(
-        run=stages.run_reconstruction, needs=("data", "classifier", "autoencoder"),
-        code=(*_NETWORK, "classifier", "metrics"),
-        uses=lambda e: _seeded(e, e.evaluation.num_images, to_dict(e.rendering)),
+        run=evidence.run_reconstruction, needs=("data", "classifier", "witness", "autoencoder"),
+        code=(*_NETWORK, "classifier", "metrics", "perceptual", "realism", "statistics"),
+        uses=lambda e: _seeded(e, _pick(e.evaluation, "num_images", "lpips"), to_dict(e.rendering)),
     ),
     "latents": Stage(
         run=stages.run_latents, needs=("data", "classifier", "autoencoder"), code=("networks", "model"), uses=_seeded,
@@ -143,15 +173,30 @@ GRAPH: dict[str, Stage] = {
         run=stages.run_directions, needs=("data", "latents", "responses"), code=("directions", "train"),
         uses=lambda e: _seeded(e, to_dict(e.directions)),
     ),
+    "replicas": Stage(
+        run=evidence.run_replicas, needs=("data", "latents", "responses", "directions"), code=("directions", "train"),
+        uses=lambda e: _seeded(e, to_dict(e.directions), e.evaluation.replicas),
+    ),
     "effects": Stage(
-        run=stages.run_effects, needs=("data", "classifier", "autoencoder", "latents", "directions", "ruler"),
-        code=(*_NETWORK, "directions", "baselines", "explain", "metrics"), uses=_uses_effects,
+        run=stages.run_effects, uses=_uses_effects,
+        needs=("data", "classifier", "witness", "robust", "autoencoder", "latents", "directions", "ruler"),
+        code=(*_NETWORK, "directions", "baselines", "explain", "metrics", "perceptual", "cells"),
+    ),
+    "evidence": Stage(
+        run=evidence.run_evidence, uses=_uses_evidence,
+        needs=("data", "classifier", "witness", "robust", "autoencoder", "directions", "effects"),
+        code=(*_NETWORK, "directions", "explain", "ranking", "trajectories", "features", "perceptual", "realism"),
+    ),
+    "truth": Stage(
+        run=evidence.run_truth, needs=("data", "latents", "directions", "real_cells", "evidence"), uses=_seeded,
+        code=("assay", "directions", "disentanglement", "instruments"),
     ),
     "scoreboard": Stage(
-        run=stages.run_scoreboard, code=("assay", "ranking", "scoreboard", "metrics"), uses=_uses_scoreboard,
+        run=stages.run_scoreboard, uses=_uses_scoreboard,
+        code=("assay", "ranking", "scoreboard", "audit", "signatures", "phenotypes", "metrics", "statistics"),
         needs=(
-            "data", "classifier", "ruler", "warmup", "autoencoder", "reconstruction", "latents", "responses",
-            "directions", "effects",
+            "data", "classifier", "ruler", "witness", "robust", "real_cells", "warmup", "autoencoder", "reconstruction",
+            "latents", "responses", "directions", "replicas", "effects", "evidence", "truth",
         ),
     ),
     "pictures": Stage(
@@ -161,16 +206,26 @@ GRAPH: dict[str, Stage] = {
 }  # fmt: skip
 
 
+STAGE_1 = ("warmup", "autoencoder")
+INSTRUMENTS = ("ruler", "witness", "robust", "real_cells")
+"""What all trials on the same images share for their evaluation."""
+EVALUATION = (*INSTRUMENTS, "reconstruction", "replicas", "evidence", "truth", "scoreboard")
+
+
 @cache
-def code_digest(function: str, modules: tuple[str, ...]) -> str:
+def code_digest(module: str, function: str, modules: tuple[str, ...]) -> str:
     """Digest of a stage's function, of the helpers beside it and of the modules that it runs.
 
     Syntax trees without docstrings are compared, so comments and formatting don't count.
     """
     folder = Path(__file__).parent
-    beside = ast.parse((folder / "stages.py").read_text(encoding="utf-8"))
-    beside.body = [n for n in beside.body if not _is_stage(n) or getattr(n, "name", None) == function]
-    trees = [beside, *(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8")) for name in modules)]
+    trees = []
+    for name in dict.fromkeys(("stages", module, *modules)):
+        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        if name in ("stages", "instruments", "evidence"):
+            other = [n for n in tree.body if _is_stage(n) and (name, getattr(n, "name", "")) != (module, function)]
+            tree.body = [n for n in tree.body if n not in other]
+        trees.append(tree)
     return digest([ast.dump(_without_docstrings(tree)) for tree in trees])
 
 
@@ -214,7 +269,7 @@ def stage_digests(e: Experiment, last: str = "pictures") -> dict[str, str]:
         if name not in found:
             stage = GRAPH[name]
             needs = {n: visit(n) for n in stage.needs if n not in skip}
-            code = code_digest(stage.run.__name__, stage.code)
+            code = code_digest(stage.run.__module__.rpartition(".")[2], stage.run.__name__, stage.code)
             found[name] = digest([name, code, __version__, stage.uses(e), needs])
         return found[name]
 
@@ -241,9 +296,11 @@ class Outcome:
         """Stages that were there."""
         return [name for name, entry in self.entries.items() if not entry.computed]
 
-    def seconds(self, *, computed: bool | None = None) -> float:
-        """Seconds that all stages took, or only those computed (reused) here."""
-        return sum(e.seconds for e in self.entries.values() if computed is None or e.computed == computed)
+    def seconds(self, stages: Iterable[str] | None = None, *, computed: bool | None = None) -> float:
+        """Seconds that all stages, or those named, took; or only those computed (reused) here."""
+        names = self.entries.keys() if stages is None else self.entries.keys() & set(stages)
+        chosen = [self.entries[name] for name in names]
+        return sum(e.seconds for e in chosen if computed is None or e.computed == computed)
 
 
 def silent(what: str, done: int, total: int) -> None:

@@ -20,10 +20,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from diffex import metrics
+from diffex import statistics
 from diffex.errors import UserError
 
 SIGNS = (1.0, -1.0)
+
+
+MEASURES = ("ssim", "l1", "length_z", "changed", "perceptual", "lpips", "l1_cell", "l1_outside")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What another classifier says of the edits: ``effect``, ``flips`` and ``eligible`` as in ``EffectArrays``."""
+
+    effect: NDArray[np.float64]
+    flips: NDArray[np.bool_]
+    eligible: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -36,11 +48,13 @@ class EffectArrays:
         effect: (N, K, 2) change of p(target), for + and - of each direction.
         flips: (N, K, 2) whether the edit is classified as target.
         eligible: (N,) whether the reconstruction is *not* yet classified as target: only those can flip.
+        before: (N,) p(target) of the reconstruction.
+        judges: name -> the same questions to another classifier.
         change: (N, K, 2, P) signed change maps.
         shifts: (N, K, 2, F) measured factor shifts, F = 0 without a measure.
         factors: names of the F factors.
         alpha: (N,) reference length of each image.
-        extra: name -> (N, K, 2) of the other measures (ssim, l1, length_z).
+        extra: name -> (N, K, 2) of the other measures (ssim, l1, length_z, changed, perceptual, ...).
     """
 
     rows: NDArray[np.int64]
@@ -52,6 +66,8 @@ class EffectArrays:
     shifts: NDArray[np.float32]
     factors: tuple[str, ...]
     alpha: NDArray[np.float64]
+    before: NDArray[np.float64]
+    judges: dict[str, Judgement]
     extra: dict[str, NDArray[np.float64]]
 
 
@@ -97,18 +113,27 @@ def arrays(table: pa.Table, kind: str, source: str, target: str) -> EffectArrays
     def number(name: str) -> NDArray:
         return np.asarray(part[name].to_numpy(zero_copy_only=False), np.float64)
 
-    edit = np.stack([number(f"p_edit:{c}") for c in names], axis=1)
-    before = np.stack([number(f"p_reconstruction:{c}") for c in names], axis=1)
     t = names.index(target)
+
+    def judged(judge: str) -> tuple[NDArray, Judgement]:
+        edit = np.stack([number(f"{judge}_edit:{c}") for c in names], axis=1)
+        before = np.stack([number(f"{judge}_reconstruction:{c}") for c in names], axis=1)
+        flips = dense(edit.argmax(axis=1) == t, np.bool_)
+        return before[first, t], Judgement(dense(edit[:, t] - before[:, t]), flips, before.argmax(axis=1)[first] != t)
+
+    others = (n.partition("_edit:")[0] for n in table.column_names if "_edit:" in n)
+    start, own = judged("p")
     maps = part["change"].combine_chunks()
     change = np.asarray(maps.flatten()).reshape(len(part), -1)
     factors = tuple(n_.removeprefix("shift:") for n_ in table.column_names if n_.startswith("shift:"))
     shifts = np.stack([number(f"shift:{f}") for f in factors], axis=1) if factors else np.zeros((len(part), 0))
     return EffectArrays(
-        rows=row, groups=column["group"][keep][first].astype(np.int64), effect=dense(edit[:, t] - before[:, t]),
-        flips=dense(edit.argmax(axis=1) == t, np.bool_), eligible=before.argmax(axis=1)[first] != t,
+        rows=row, groups=column["group"][keep][first].astype(np.int64), effect=own.effect, flips=own.flips,
+        eligible=own.eligible, before=start,
+        judges={judge: judged(judge)[1] for judge in dict.fromkeys(others) if judge != "p"},
         change=dense(change, np.float32), shifts=dense(shifts, np.float32), factors=factors,
-        alpha=np.abs(column["alpha"][keep][first]), extra={m: dense(number(m)) for m in ("ssim", "l1", "length_z")},
+        alpha=np.abs(column["alpha"][keep][first]),
+        extra={m: dense(number(m)) for m in MEASURES if m in table.column_names},
     )  # fmt: skip
 
 
@@ -213,12 +238,12 @@ def _statistics(
 ) -> dict[str, Any]:
     can = a.eligible
     interval: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
-    low, high = metrics.bootstrap_interval(effect, a.groups, **interval)
-    flip_low, flip_high = metrics.bootstrap_interval(flips[can].astype(float), a.groups[can], **interval)
+    low, high = statistics.bootstrap_interval(effect, a.groups, **interval)
+    flip_low, flip_high = statistics.bootstrap_interval(flips[can].astype(float), a.groups[can], **interval)
     null_effect = null.effect[:, :, 0].mean(axis=1)
     null_flips = null.flips[null.eligible][:, :, 0]
     excess = effect - null_effect
-    excess_low, excess_high = metrics.bootstrap_interval(excess, a.groups, **interval)
+    excess_low, excess_high = statistics.bootstrap_interval(excess, a.groups, **interval)
     return {
         "n": len(effect), "units": len(np.unique(a.groups)), "alpha": float(a.alpha.mean()),
         "effect": float(effect.mean()), "effect_low": low, "effect_high": high,
@@ -228,7 +253,7 @@ def _statistics(
         "null_flip_rate": float(null_flips.mean()) if null_flips.size else float("nan"),
         "null_flip_max": float(null_flips.mean(axis=0).max()) if null_flips.size else float("nan"),
         "excess": float(excess.mean()), "excess_low": excess_low, "excess_high": excess_high,
-        "p_value": metrics.sign_flip_p_value(excess, a.groups, seed=seed),
+        "p_value": statistics.sign_flip_p_value(excess, a.groups, seed=seed),
     }  # fmt: skip
 
 

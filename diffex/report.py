@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,9 +17,13 @@ import jinja2
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
+from diffex.audit import VERDICTS
 from diffex.config import Experiment
-from diffex.scoreboard import METRICS, OBJECTIVES, pareto_front
+from diffex.measures import METRICS, OBJECTIVES, pareto_front
+from diffex.phenotypes import headline as headline_feature
+from diffex.phenotypes import plain
 from diffex.settings import describe
+from diffex.signatures import RULES, recognise
 from diffex.splits import PARTS, unit_noun
 from diffex.version import __version__
 
@@ -39,7 +45,9 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def write_trial_figures(folder: Path, outcome: Outcome) -> list[Path]:
-    """Pictures of one trial: traversals of its top directions, ranking, reconstructions, training curves."""
+    """Pictures of one trial, and its table of phenotypes: traversals and ways of its top directions, what they change
+    in cells, ranking, reconstructions.
+    """
     from diffex import figures
 
     info = outcome["data"].facts
@@ -65,6 +73,13 @@ def write_trial_figures(folder: Path, outcome: Outcome) -> list[Path]:
     if "class_mean.flip_rate" in row:
         beside = {"flip_rate": row["class_mean.flip_rate"], "effect": row["class_mean.mean_shift"]}
     written.append(save_figure(figures.ranking(first, beside), folder / "ranking.png"))
+    shutil.copy(outcome["scoreboard"].path / "phenotypes.parquet", folder / "phenotypes.parquet")
+    features = pq.read_table(folder / "phenotypes.parquet").to_pylist()
+    written.append(
+        save_figure(figures.phenotypes(features, words=plain, show=headline_feature), folder / "phenotypes.png")
+    )
+    trajectories = pq.read_table(outcome["evidence"].path / "trajectories.parquet")
+    written.append(save_figure(figures.ways(trajectories.to_pylist()), folder / "ways.png"))
     images = load_file(outcome["reconstruction"].path / "images.safetensors")
     rows = {label: images[name] for name, label in RECONSTRUCTION_ROWS.items()}
     grid = figures.image_grid(rows, channels, "What the autoencoder makes of test images")
@@ -110,11 +125,24 @@ def checks(row: Mapping[str, Any]) -> list[Check]:
         low, high = row[f"{key}_low"], row[f"{key}_high"]
         measured = f"{100 * row[key]:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
         found.append(Check(question, measured, f"≥ {100 * least:.0f} %", row[key] >= least))
+    followed = _share(row, "oracle.agreement")
     similar = f"SSIM {row['ssim']:.3f} [{row['ssim_low']:.3f}, {row['ssim_high']:.3f}]"
     null = f"{100 * row['null.flip_rate']:.0f} % (best of them {100 * row['null.flip_max']:.0f} %)"
     cosine, overlap = row["directions.consistency_min"], row["directions.overlap"]
     found += [
         Check("Are images reconstructed?", similar, "≥ 0.95", row["ssim"] >= 0.95),
+        Check(
+            "Does an independent classifier follow the first direction's flips?",
+            followed,
+            "≥ 50 %",
+            row["oracle.agreement"] >= 0.5,
+        ),
+        Check(
+            "Do real cells of both classes differ in what it changes?",
+            f"agreement {row['audit.agreement']:.2f}",
+            "≥ 0.5",
+            row["audit.agreement"] >= 0.5,
+        ),
         Check("Do random directions of the same length flip it?", null, "≤ 10 %", row["null.flip_rate"] <= 0.1),
         Check("Does a direction push all cells the same way?", f"mean cosine ≥ {cosine:.2f}", "≥ 0.7", cosine >= 0.7),
         Check("Do the top directions change different things?", f"overlap {overlap:.2f}", "≤ 0.6", overlap <= 0.6),
@@ -131,6 +159,12 @@ def checks(row: Mapping[str, Any]) -> list[Check]:
     return found
 
 
+def _share(row: Mapping[str, Any], key: str) -> str:
+    if math.isnan(row[key]):
+        return "nothing flips"
+    return f"{100 * row[key]:.0f} % [{100 * row[f'{key}_low']:.0f}, {100 * row[f'{key}_high']:.0f}]"
+
+
 def headline(top: Sequence[Mapping[str, Any]]) -> list[str]:
     """One sentence for each top direction."""
     truth = {
@@ -144,6 +178,9 @@ def headline(top: Sequence[Mapping[str, Any]]) -> list[str]:
             f"Direction {r['direction']}{_plus(r)}: {r['words']}; flips {100 * r['flip_rate']:.0f} % {interval} of "
             f"{r['flip_n']} cells of {r['source']} to {r['target']}, null {100 * r['null_flip_rate']:.0f} %"
         )
+        if r.get("verdict"):
+            real = "real cells of both classes differ in what it changes" if r["verdict"] == "supported" else ""
+            text += f"; supported: {real}" if real else f"; not supported ({VERDICTS[r['verdict']]})"
         lines.append(f"{text}; {truth[r['truth']]}." if r.get("truth") in truth else f"{text}.")
     return lines
 
@@ -157,16 +194,30 @@ def unit_words(facts: Mapping[str, Any]) -> str:
     return " and ".join(name.removeprefix("Metadata_").lower() for name in facts["split_by"]) or "image"
 
 
+TESTS = {
+    "moves": "moves the classifier", "witness": "another classifier follows", "robust": "a robust one follows",
+    "populations": "real cells differ so", "cycle": "survives encoding", "plates": "not plates",
+    "seeds": "found again", "reconstruction": "more than rendering",
+}  # fmt: skip
+"""Columns of the audit's table: name of the test -> heading."""
+
+SEED_COLUMNS = (
+    "flip_rate", "disentanglement", "ssim", "score", "agreement", "gate.swapped", "gate.random", "null.flip_rate",
+    "oracle.agreement", "audit.agreement", "audit.supported", "directions.effective_rank", "recovery.recall",
+    "recovery.precision",
+)  # fmt: skip
+
 COLUMNS = (
     "flip_rate", "disentanglement", "ssim", "score", "agreement", "gate.swapped", "gate.random", "null.flip_rate",
-    "class_mean.flip_rate", "directions.effective_rank", "recovery.moved", "recovery.recovered", "cost.seconds_paid",
+    "class_mean.flip_rate", "oracle.agreement", "audit.supported", "directions.effective_rank", "stability.image",
+    "recovery.moved", "recovery.recovered", "signatures", "cost.seconds_paid",
 )  # fmt: skip
 
 
 def write_report(
     path: Path, *, title: str, experiment: Experiment, rows: Sequence[Mapping[str, Any]], settings: Sequence[str],
     trials: Path, best: str, top: Sequence[Mapping[str, Any]], figures_of_all: Mapping[str, Path], command: str,
-    facts: Mapping[str, Any],
+    facts: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]] = (),
 ) -> Path:  # fmt: skip
     """Write the self-contained page.
 
@@ -182,6 +233,7 @@ def write_report(
         figures_of_all: caption -> picture of all trials.
         command: what was typed.
         facts: of the data and of the classifier: ``images``, ``class_names``, ``channels``, ``split_by``, ``source``.
+        seeds: rows brought together over seeds, see ``measures.over_seeds``.
     """
     ordered = sorted(rows, key=lambda r: -r.get("score", 0.0))
     front = pareto_front(ordered, OBJECTIVES)
@@ -190,7 +242,9 @@ def write_report(
     columns = [c for c in COLUMNS if c in row]
     page = _template("report").render(
         title=title, version=__version__, command=command, row=row, best=best, headline=headline(top),
-        checks=checks(row),
+        checks=checks(row), top=[{**r, "sign_mark": _plus(r)} for r in top], signatures=recognise(row),
+        rules=RULES, verdicts=VERDICTS, tests=TESTS, seeds=seeds, seed_columns=[c for c in SEED_COLUMNS if c in row],
+        phenotypes=_embed(folder / "phenotypes.png"), ways=_embed(folder / "ways.png"),
         traversals=[_embed(p) for p in sorted(folder.glob("traversal-*.png"), key=_number)],
         ranking=_embed(folder / "ranking.png"), reconstruction=_embed(folder / "reconstruction.png"),
         overview={caption: _embed(p) for caption, p in figures_of_all.items()}, rows=ordered, front=front,

@@ -7,6 +7,7 @@ pairs.  METRICS says what each key means; a test holds the row to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,62 +17,54 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from diffex import assay, metrics
+from diffex.audit import Evidence, Finding, audit, column, feature_names, matrix, populations
 from diffex.config import Experiment
+from diffex.disentanglement import (
+    completeness_of,
+    disentanglement_of,
+    effect_correlation,
+    profile_overlap,
+    recovery,
+)
+from diffex.measures import overall_score
+from diffex.phenotypes import Population, implausible
 from diffex.ranking import EffectArrays, arrays, baseline, rank
+from diffex.signatures import recognise
+from diffex.stability import agreement, chance
+from diffex.statistics import bootstrap_interval
+from diffex.trajectories import flip_area, smallest_flip, smoothness
 
-OBJECTIVES = ("flip_rate", "disentanglement", "ssim")
-"""What a sweep raises, and its Pareto front weighs."""
 
-METRICS = {
-    "flip_rate": "share of held-out source images that the first-ranked direction flips to the target, at a shift no "
-    "longer than the class-mean difference; 0 where no reconstruction is left to flip",
-    "disentanglement": "1 - mean overlap of the change maps of the top directions: 1 where no two change the same "
-    "pixels and channels",
-    "ssim": "structural similarity of image and reconstruction (inversion, then rendering)",
-    "score": "geometric mean of flip_rate, disentanglement and ssim",
-    "mean_shift": "mean change of p(target) by the first-ranked direction, against the reconstruction",
-    "null.flip_rate": "mean flip rate of random directions of the same length",
-    "null.flip_max": "flip rate of the best random direction",
-    "null.p_value": "permutation p-value of the first direction's effect over the random ones (one-sided, by unit)",
-    "class_mean.flip_rate": "flip rate of the class-mean difference itself",
-    "class_mean.mean_shift": "its mean change of p(target)",
-    "class_mean.moved": "planted factors that it moves more than any decoy",
-    "classifier.accuracy": "accuracy on test images",
-    "mse": "mean squared reconstruction error, images in [0, 1]",
-    "psnr": "peak signal-to-noise ratio of reconstructions, dB",
-    "kl": "KL(p(image) || p(reconstruction)), nats",
-    "agreement": "share of reconstructions that the classifier puts where it puts the image",
-    "gate.swapped": "share of images rendered with the z of an image of another class that follow z, not x_T",
-    "gate.random": "share of images rendered from random x_T that follow z",
-    "latent.effective_rank": "effective rank of the codes' covariance",
-    "latent.dimensions": "dimensions of the subspace that directions live in",
-    "directions.consistency": "mean cosine of a direction's unit shifts over images, mean over the top directions",
-    "directions.consistency_min": "the same, of the least consistent top direction",
-    "directions.largest_cosine": "largest |cosine| between the mean shifts of two directions",
-    "directions.overlap": "mean overlap of the change maps of the top directions",
-    "directions.effective_rank": "effective rank of all directions' change maps: how many different effects there are",
-    "recovery.planted": "planted factors that the channels show and the ruler measures",
-    "recovery.moved": "planted factors that a top direction moves more than any decoy",
-    "recovery.recovered": "planted factors that are the largest change of a top direction",
-    "recovery.decoy_hits": "top directions whose largest change is a decoy",
-    "edit.ssim": "structural similarity of reconstruction and edit, first direction",
-    "edit.l1": "mean absolute change of a pixel in [0, 1], first direction",
-    "cost.unet_evaluations": "U-Net forward evaluations of all stages, shared ones included",
-}
+@dataclass(frozen=True)
+class Tables:
+    """What is scored: the effects table, features of real cells, and the tables of the evidence.
+
+    Attributes:
+        effects: metadata joined.
+        real: features of held-out cells.
+        cells: features of images, reconstructions and edits.
+        trajectories, cycle: of the followed directions.
+        profiles: name -> (seeds, K, P) of directions trained again.
+    """
+
+    effects: pa.Table
+    real: pa.Table
+    cells: pa.Table
+    trajectories: pa.Table
+    cycle: pa.Table
+    profiles: Mapping[str, NDArray[np.floating]]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The row, the ranking of all pairs, and what the report tells of the top directions of the first pair."""
+    """The row, the ranking of all pairs, what the audit found, and what the report tells of the top directions of the
+    first pair.
+    """
 
     row: dict[str, Any]
     ranking: pa.Table
     top: list[dict[str, Any]]
-
-
-def overall_score(row: Mapping[str, float]) -> float:
-    """Geometric mean of flip rate, disentanglement and SSIM."""
-    return float(max(row["flip_rate"] * row["disentanglement"] * row["ssim"], 0.0) ** (1 / 3))
+    findings: list[Finding]
 
 
 def partial_scores(e: Experiment, pairs: Sequence[Sequence[str]], table: pa.Table) -> dict[str, float]:
@@ -80,24 +73,16 @@ def partial_scores(e: Experiment, pairs: Sequence[Sequence[str]], table: pa.Tabl
     return {name: float(np.mean([r[name] for r in rows])) for name in ("flip_rate", "disentanglement")}
 
 
-def score(e: Experiment, facts: Mapping[str, Mapping[str, Any]], table: pa.Table) -> Scored:
+def score(e: Experiment, facts: Mapping[str, Mapping[str, Any]], tables: Tables) -> Scored:
     """Assemble the row.
 
     Args:
         e: the experiment.
         facts: stage -> facts of its record.
-        table: effects table, metadata joined.
+        tables: of the stages.
     """
-    row: dict[str, Any] = {}
-    quality = facts["reconstruction"]
-    names = {"ssim": "ssim", "mse": "mse", "psnr": "psnr", "kl": "kl", "agreement": "agreement",
-             "gate.swapped": "swapped", "gate.random": "random"}  # fmt: skip
-    for key, name in names.items():
-        row |= {key: quality[name]["mean"], f"{key}_low": quality[name]["low"], f"{key}_high": quality[name]["high"]}
-    row["reconstruction.n"], row["reconstruction.units"] = quality["n"], quality["units"]
-    report = facts["classifier"]["report"]
-    row["classifier.accuracy"], row["classifier.n"] = report["accuracy"], report["n"]
-    row["classifier.accuracy_low"], row["classifier.accuracy_high"] = report["accuracy_interval"]
+    table = tables.effects
+    row: dict[str, Any] = _images_and_judges(facts)
     row["latent.effective_rank"] = facts["latents"]["effective_rank"]
     row["latent.dimensions"] = facts["directions"]["rank"]
 
@@ -127,14 +112,170 @@ def score(e: Experiment, facts: Mapping[str, Mapping[str, Any]], table: pa.Table
 
     if "ruler" in facts:
         row |= _recovery(e, facts, table, pairs, rankings)
+    row |= _stability(facts, tables.profiles)
+    stable = row.pop("stability.of_each")
+    findings = audit(
+        Evidence(effects=table, real=tables.real, cells=tables.cells, cycle=tables.cycle,
+                 dimensions=facts["directions"]["rank"], stability=stable),
+        facts["evidence"]["audited"],
+    )  # fmt: skip
+    row |= _ways(facts, tables.trajectories) | _audited(findings, populations(tables.real, *pairs[0]))
+    row |= _plausible(tables.cells, tables.real, facts["evidence"]["audited"])
     row["score"] = overall_score(row)
     row["cost.unet_evaluations"] = sum(int(f.get("unet_evaluations", 0)) for f in facts.values())
+    row["signatures"] = ", ".join(s.name for s in recognise(row)) or "none"
     learned = arrays(table, "learned", *pairs[0])
     planted = _planted(e, facts) if "ruler" in facts else ()
     for r in top:
+        found = next((f for f in findings if (f.source, f.target, f.direction) == (*pairs[0], r["direction"])), None)
         r["words"] = describe(learned, r["direction"], _sign(r), tuple(facts["data"]["channels"]))
         r["truth"] = _truth(learned, r["direction"], _sign(r), planted) if "ruler" in facts else ""
-    return Scored(row, pa.concat_tables(rankings), top)
+        r["verdict"] = found.verdict if found else ""
+        r["phenotype"] = list(found.words) if found else []
+        r["tests"] = [vars(t) for t in found.tests] if found else []
+    return Scored(row, pa.concat_tables(rankings), top, findings)
+
+
+def _with_interval(key: str, value: Mapping[str, float]) -> dict[str, float]:
+    return {key: value["mean"], f"{key}_low": value["low"], f"{key}_high": value["high"]}
+
+
+def _images_and_judges(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Reconstruction, realism and gate; the classifier and who else judges."""
+    quality = facts["reconstruction"]
+    row: dict[str, Any] = {}
+    for name in ("ssim", "mse", "psnr", "kl", "agreement", "perceptual", "lpips", "swapped", "random"):
+        if name in quality:
+            row |= _with_interval(f"gate.{name}" if name in ("swapped", "random") else name, quality[name])
+    row["perceptual.strangers"] = quality["strangers"]["perceptual"]
+    for name, suffix in (("reconstruction", ""), ("random", ".random"), ("real", ".real")):
+        for kind, value in quality["realism"][name].items():
+            row |= _with_interval(kind + suffix, value)
+    row["reconstruction.n"], row["reconstruction.units"] = quality["n"], quality["units"]
+    for judge in ("classifier", "witness", "robust"):
+        report = facts[judge]["report"]
+        low, high = report["accuracy_interval"]
+        row |= _with_interval(f"{judge}.accuracy", {"mean": report["accuracy"], "low": low, "high": high})
+    row["classifier.n"] = facts["classifier"]["report"]["n"]
+    for judge, key in (("classifier", "attack.accuracy"), ("robust", "attack.robust_accuracy")):
+        under = facts["robust"]["attacks"][judge]["attacks"][0]
+        low, high = (math.nan if v is None else v for v in under["pgd_accuracy_interval"])
+        row |= _with_interval(key, {"mean": under["pgd_accuracy"], "low": low, "high": high})
+    return row
+
+
+def _stability(facts: Mapping[str, Mapping[str, Any]], profiles: Mapping[str, NDArray]) -> dict[str, Any]:
+    """Agreement of directions trained again; of each direction by its image, where that is known, else by its code."""
+    row: dict[str, Any] = {}
+    for name, seeds in profiles.items():
+        found = agreement(list(seeds))
+        row |= _with_interval(f"stability.{name}", {"mean": found.mean, "low": found.low, "high": found.high})
+        if name == "image" or "image" not in profiles:
+            row["stability.of_each"] = found.per_direction.tolist()
+    codes = profiles["code"]
+    row["stability.code_chance"] = chance([codes.shape[1]] * len(codes), facts["directions"]["rank"], draws=200).mean
+    row["stability.seeds"] = len(codes)
+    return row
+
+
+def _ways(facts: Mapping[str, Mapping[str, Any]], table: pa.Table) -> dict[str, Any]:
+    """How the first direction of each pair gets there; means over pairs, intervals over all their images."""
+    columns = {n: column(table, n) for n in ("source", "target", "rank", "row", "step", "alpha", "group")}
+    first = columns["rank"] == 1
+    values: dict[str, list[NDArray]] = {}
+    groups = []
+    for source, target in dict.fromkeys(zip(columns["source"][first], columns["target"][first], strict=True)):
+        part = first & (columns["source"] == source) & (columns["target"] == target)
+        way = _dense(table.filter(pa.array(part)), target)
+        can, shape = ~way.flipped[:, 0], smoothness(way.p, way.step_distance[:, 1:], way.distance[:, -1])
+        alpha = np.where(can, smallest_flip(way.p, way.flipped, way.alphas), np.nan)
+        area = np.where(can, flip_area(way.flipped, way.alphas), np.nan)
+        found = {"path." + n: np.asarray(v) for n, v in vars(shape).items()}
+        found |= {"flip.area": area, "flip.alpha": alpha, "flip.alpha_share": alpha / np.abs(way.alphas[-1])}
+        for name, value in found.items():
+            values.setdefault(name, []).append(value)
+        groups.append(way.groups)
+    unit = np.concatenate(groups)
+    row: dict[str, Any] = {"path.n": len(unit), "path.units": len(np.unique(unit))}
+    for name, parts in values.items():
+        array = np.concatenate(parts)
+        there = np.isfinite(array)
+        low, high = bootstrap_interval(array[there], unit[there])
+        middle = np.median if name.startswith("flip.alpha") else np.mean
+        row[name] = float(middle(array[there])) if there.any() else float("nan")
+        if middle is np.mean:
+            row |= {f"{name}_low": low, f"{name}_high": high}
+    of_first = [r for r in facts["evidence"]["kid"] if r["rank"] == 1]
+    for key, kind in (("edit.kid", "edit"), ("edit.kid_before", "reconstruction")):
+        mine = [r for r in of_first if r["kind"] == kind]
+        row |= _with_interval(key, {name: float(np.mean([r[at] for r in mine]))
+                                    for name, at in (("mean", "kid"), ("low", "low"), ("high", "high"))})  # fmt: skip
+    return row
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A trajectory table of one direction as arrays over (n images, A steps)."""
+
+    p: NDArray
+    flipped: NDArray[np.bool_]
+    step_distance: NDArray
+    distance: NDArray
+    alphas: NDArray
+    groups: NDArray
+
+
+def _dense(table: pa.Table, target: str) -> _Way:
+    names = [n.removeprefix("p:") for n in table.column_names if n.startswith("p:")]
+    order = np.lexsort((column(table, "step"), column(table, "row")))
+    steps = int(column(table, "step").max()) + 1
+
+    def dense(values: NDArray) -> NDArray:
+        return values[order].reshape(-1, steps)
+
+    p = matrix(table, [f"p:{n}" for n in names])
+    t = names.index(target)
+    return _Way(
+        dense(p[:, t]), dense(p.argmax(axis=1) == t), dense(column(table, "step_distance")),
+        dense(column(table, "distance")), dense(column(table, "alpha"))[0], dense(column(table, "group"))[:, 0],
+    )  # fmt: skip
+
+
+def _plausible(cells: pa.Table, real: pa.Table, followed: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Features that no real cell has: of the first directions' edits, beyond those of the reconstructions."""
+    names, kind, of = feature_names(real), column(cells, "kind"), column(cells, "class_name")
+    excess, groups = [], []
+    for r in (r for r in followed if r["rank"] == 1):
+        target = (column(cells, "direction") == r["direction"]) & (column(cells, "target") == r["target"])
+        edit, base = (
+            cells.filter(pa.array((of == r["source"]) & chosen)).sort_by("row")
+            for chosen in ((kind == "edit") & target, kind == "reconstruction")
+        )
+        known = matrix(real, names)[np.isin(column(real, "class_name"), (r["source"], r["target"]))]
+        excess.append(implausible(matrix(edit, names), known) - implausible(matrix(base, names), known))
+        groups.append(column(edit, "group"))
+    share = np.concatenate(excess)
+    low, high = bootstrap_interval(share, np.concatenate(groups))
+    return _with_interval("edit.implausible", {"mean": float(share.mean()), "low": low, "high": high})
+
+
+def _feature_overlap(findings: Sequence[Finding]) -> float:
+    """Overlap of the feature shifts of each pair's directions, mean over pairs that have two or more."""
+    pairs = [[f.shift.difference for f in findings if (f.source, f.target) == pair]
+             for pair in dict.fromkeys((f.source, f.target) for f in findings)]  # fmt: skip
+    found = [profile_overlap(np.stack(shifts)) for shifts in pairs if len(shifts) > 1]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _audited(findings: Sequence[Finding], real: Population) -> dict[str, Any]:
+    first = [f for f in findings if f.rank == 1]
+    row: dict[str, Any] = {
+        "audit.audited": len(findings), "audit.supported": sum(f.supported for f in findings),
+        "audit.agreement": float(np.mean([f.shift.agreement for f in first])),
+        "real.features": int(real.differs.sum()), "real.tested": len(real.names),
+        "directions.feature_overlap": _feature_overlap(findings),
+    }  # fmt: skip
+    return row
 
 
 def _explain_pair(
@@ -146,6 +287,7 @@ def _explain_pair(
     a = arrays(table, "learned", source, target)
     first = ranking.slice(0, 1).to_pylist()[0]
     top = ranking.slice(0, r.top).to_pylist()
+    k, s = first["direction"], _sign(first)
     maps = np.stack([a.change[:, t["direction"], _sign(t)] for t in top])
     overlap = metrics.mean_overlap(maps)
     every = a.change[:, :, 0].transpose(1, 0, 2).reshape(a.change.shape[1], -1)
@@ -155,8 +297,21 @@ def _explain_pair(
         "disentanglement": 1.0 - overlap, "mean_shift": first["effect"], "mean_shift_low": first["effect_low"],
         "mean_shift_high": first["effect_high"], "null.flip_rate": first["null_flip_rate"],
         "null.flip_max": first["null_flip_max"], "null.p_value": first["p_value"], "directions.overlap": overlap,
-        "directions.effective_rank": metrics.effective_rank(every), "edit.ssim": first["ssim"], "edit.l1": first["l1"],
+        "directions.effective_rank": metrics.effective_rank(every), "directions.number": a.effect.shape[1],
+        "directions.effect_correlation": effect_correlation(a.effect[:, :, 0])[0],
+        "edit.sparsity": 1.0 - first["changed"],
     }  # fmt: skip
+    for name in ("ssim", "l1", "l1_cell", "l1_outside", "perceptual", "lpips"):
+        if name in first:
+            row[f"edit.{name}"] = float(np.nanmean(a.extra[name][:, k, s]))
+    for judge, names in {"witness": ("oracle.agreement", "oracle.flip_rate"), "robust": ("robust.agreement",)}.items():
+        other = a.judges[judge]
+        flips = other.flips[:, k, s].astype(float)
+        both = a.eligible & other.eligible & a.flips[:, k, s]
+        for name, among in zip(names, (both, other.eligible), strict=False):
+            low, high = bootstrap_interval(flips[among], a.groups[among], confidence=r.confidence, seed=e.run.seed)
+            mean = float(flips[among].mean()) if among.any() else float("nan")
+            row |= _with_interval(name, {"mean": mean, "low": low, "high": high})
     for kind in e.evaluation.baselines:
         b = baseline(table, kind, source, target, **options)
         row |= {f"{kind}.flip_rate": b["flip_rate"], f"{kind}.flip_rate_low": b["flip_low"],
@@ -172,43 +327,67 @@ def _recovery(
     e: Experiment, facts: Mapping[str, Mapping[str, Any]], table: pa.Table, pairs: Sequence[tuple[str, ...]],
     rankings: Sequence[pa.Table],
 ) -> dict[str, Any]:  # fmt: skip
-    """Planted factors found, for the simulated assay: factors that the ruler measures count, others can't."""
+    """Planted factors found, for the simulated assay: measured by the ruler, where it can, else by classical features
+    (of directions that were followed); factors that neither measures don't count.
+    """
     visible = _planted(e, facts)
     shifts, baseline_shifts = [], []
-    factors: tuple[str, ...] = ()
+    classical = facts["truth"]["classical"]
+    ruler = arrays(table, "learned", *pairs[0]).factors
+    extra = [j for j, name in enumerate(classical["factors"]) if name not in ruler]
+    factors = (*ruler, *(classical["factors"][j] for j in extra))
+    by_features = {
+        (r["source"], r["target"], r["direction"]): np.array(row)[extra]
+        for r, row in zip(facts["evidence"]["audited"], classical["shifts"], strict=True)
+    }
     for (source, target), ranking in zip(pairs, rankings, strict=True):
         a = arrays(table, "learned", source, target)
-        factors = a.factors
-        shifts += [
-            a.shifts[:, t["direction"], _sign(t)].mean(axis=0) for t in ranking.slice(0, e.ranking.top).to_pylist()
-        ]
+        for t in ranking.slice(0, e.ranking.top).to_pylist():
+            rest = by_features.get((source, target, t["direction"]), np.full(len(extra), np.nan))
+            shifts.append(np.concatenate([a.shifts[:, t["direction"], _sign(t)].mean(axis=0), rest]))
         if "class_mean" in e.evaluation.baselines:
             b = arrays(table, "class_mean", source, target)
             k = int(b.effect[:, :, 0].mean(axis=0).argmax())
             baseline_shifts.append(b.shifts[:, k, 0].mean(axis=0))
     planted = [f for f in visible if f in factors]
-    found = metrics.factor_recovery(np.stack(shifts), factors, planted)
+    effects = np.nan_to_num(np.stack(shifts))
+    found = recovery(effects, factors, planted)
+    strong = np.abs(effects)[np.abs(effects).max(axis=1, initial=0.0) >= 0.5]
     row: dict[str, Any] = {
         "recovery.planted": len(planted), "recovery.moved": len(found.moved),
-        "recovery.recovered": len(found.recovered), "recovery.decoy_hits": found.decoy_hits,
+        "recovery.recovered": len(found.recovered), "recovery.once": len(found.recovered_once),
+        "recovery.decoy_hits": found.decoy_hits, "recovery.precision": found.precision, "recovery.recall": found.recall,
         "recovery.moved_names": ", ".join(found.moved), "recovery.recovered_names": ", ".join(found.recovered),
+        "effects.disentanglement": disentanglement_of(strong) if len(strong) else float("nan"),
+        "effects.completeness": completeness_of(strong) if len(strong) else float("nan"),
+        "recovery.rulers_agree": _rulers_agree(facts, table),
     }  # fmt: skip
+    truth = facts["truth"]
+    names = ("mig", "sap", "dci.disentanglement", "dci.completeness", "dci.informativeness")
+    row |= {f"truth.{name.replace('.', '_')}": truth[name] for name in names}
+    row["truth.n"] = truth["n"]
     if baseline_shifts:
-        row["class_mean.moved"] = len(metrics.factor_recovery(np.stack(baseline_shifts), factors, planted).moved)
+        seen = [f for f in planted if f in ruler]
+        row["class_mean.moved"] = len(recovery(np.stack(baseline_shifts), ruler, seen).moved)
     return row
+
+
+def _rulers_agree(facts: Mapping[str, Mapping[str, Any]], table: pa.Table) -> float:
+    """Correlation of both effect matrices, over directions followed and factors that both rulers measure."""
+    classical = facts["truth"]["classical"]
+    pairs: list[tuple[float, float]] = []
+    for r, shifts in zip(facts["evidence"]["audited"], classical["shifts"], strict=True):
+        a = arrays(table, "learned", r["source"], r["target"])
+        mine = a.shifts[:, r["direction"], _sign(r)].mean(axis=0)
+        both = [(f, v) for f, v in zip(classical["factors"], shifts, strict=True) if f in a.factors]
+        pairs += [(float(mine[a.factors.index(f)]), v) for f, v in both]
+    x, y = np.array(pairs).reshape(-1, 2).T
+    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() > 0 and y.std() > 0 else float("nan")
 
 
 def _planted(e: Experiment, facts: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """Factors that the simulated treatments move and the channels show."""
     return assay.planted_factors(e.assay.treatments or assay.DESIGNS[e.assay.design], facts["data"]["channels"])
-
-
-def pareto_front(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> list[bool]:
-    """Which rows no other row beats: none is at least as good in every objective and better in one."""
-    values = np.array([[float(r[o]) for o in objectives] for r in rows]).reshape(len(rows), len(objectives))
-    better = (values[:, None] >= values[None]).all(axis=-1) & (values[:, None] > values[None]).any(axis=-1)
-    beaten = np.any(better, axis=0) | np.isnan(values).any(axis=1)
-    return [not b for b in beaten.tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

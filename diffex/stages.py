@@ -6,10 +6,10 @@ Which stage needs which, and what decides its digest, stands in ``diffex.pipelin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffex import assay, baselines, metrics, train
+from diffex import baselines, metrics, train
+from diffex.audit import phenotype_table
+from diffex.cells import compartments
 from diffex.classifier import FrozenClassifier, classification_report, is_given, load_classifier
 from diffex.compute import Compute
 from diffex.config import Experiment
-from diffex.data import ImageStore, Progress
+from diffex.data import ImageStore, Progress, ingest_record
 from diffex.directions import DirectionSet, Responses, Subspace, measure_responses
 from diffex.errors import UserError
-from diffex.explain import Explainer, Measure, choose_rows, effects_table, plan_edits, traversal
-from diffex.model import DiffusionAutoencoder, classifier_divergence
+from diffex.explain import Distance, Explainer, Measure, choose_rows, effects_table, plan_edits, traversal
+from diffex.model import DiffusionAutoencoder
 from diffex.networks import ResidualClassifier
+from diffex.perceptual import critic_distance, load_lpips
 from diffex.prepare import build_store
-from diffex.scoreboard import score
+from diffex.scoreboard import Tables, score
 from diffex.store import RECORD
 
 SHARD = 16  # images whose effects are rendered, and saved, together
@@ -75,6 +78,35 @@ class Work:
             num_classes=len(info.class_names), compute=self.compute,
         )  # fmt: skip
 
+    def judge(self, stage: str, store: ImageStore) -> FrozenClassifier:
+        """The witness or the robust counterpart."""
+        e, info = self.experiment, store.info
+        own = stage == "robust" and not is_given(e.classifier)
+        width = e.classifier.width if own else e.evaluation.witness_width
+        network = ResidualClassifier(len(info.channels), len(info.class_names), width=width)
+        network.load_state_dict(load_file(self.inputs[stage] / "model.safetensors"))
+        return FrozenClassifier(network, info.class_names).to(self.compute.device)
+
+    def distances(self, witness: FrozenClassifier) -> dict[str, Distance]:
+        """Perceptual distances: in the witness's feature maps, and real LPIPS where its weights are given."""
+        network = cast(ResidualClassifier, witness.network)
+        found: dict[str, Distance] = {"perceptual": lambda a, b: critic_distance(network, a, b)}
+        if self.experiment.evaluation.lpips is not None:
+            found["lpips"] = load_lpips(self.experiment.evaluation.lpips)
+        return found
+
+    def black(self) -> float | None:
+        """Level outside cells: 0 in images cut out of fields, whose background is subtracted; None: unknown."""
+        path = self.experiment.data.path
+        return 0.0 if path is not None and ingest_record(Path(path)).get("crop") else None
+
+    def masks(self, x: Tensor, channels: Sequence[str]) -> Tensor:
+        """Where the cell in the middle of each image (B, C, H, W) lies, (B, H, W)."""
+        s = self.experiment.evaluation
+        named = (channels, s.nucleus_channel, s.cell_channel, self.black())
+        cells = [compartments(image, *named)[0]["Cells"] for image in ((x.cpu() + 1) / 2).numpy()]
+        return torch.from_numpy(np.stack(cells))
+
     def probabilities(self) -> Tensor:
         return load_file(self.inputs["classifier"] / "probabilities.safetensors")["probs"]
 
@@ -107,48 +139,19 @@ def run_classifier(w: Work) -> dict[str, Any]:
             "classifier", network, store, train.classification_loss(torch.tensor(store.labels)), e.classifier,
             images=e.classifier.images, compute=w.compute, seed=e.run.seed,
         )  # fmt: skip
-        _write_history(w.out, train.fit(task, w.out, seed=e.run.seed, progress=w.progress))
+        write_history(w.out, train.fit(task, w.out, seed=e.run.seed, progress=w.progress))
         save_file({k: v.contiguous().cpu() for k, v in network.state_dict().items()}, w.out / "model.safetensors")
         (w.out / train.CHECKPOINT).unlink()
     trained = w.out / "model.safetensors"
     classifier = load_classifier(
         e.classifier, info.class_names, len(info.channels), info.size, trained if trained.is_file() else None
     ).to(w.compute.device)
-    probs = _over_images(store, lambda x: classifier.probabilities(x), w)
+    probs = over_images(store, lambda x: classifier.probabilities(x), w)
     save_file({"probs": probs}, w.out / "probabilities.safetensors")
     test = store.rows("test")
     report = classification_report(probs[test].numpy(), store.labels[test], store.groups()[test], info.class_names)
     (w.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return {"report": report, "trained_here": not is_given(e.classifier)}
-
-
-def run_ruler(w: Work) -> dict[str, Any]:
-    """A regressor of the true factors, to measure edits with; its own quality on test cells is part of the result."""
-    store, e = w.images(), w.experiment
-    visible = assay.visible_factors(store.info.channels)
-    truth = store.metadata("Factor_")
-    values = np.stack([truth[f"Factor_{name}"] for name in visible], axis=1).astype(np.float32)
-    rows = store.rows("train")
-    within = [values[rows][store.labels[rows] == c].var(axis=0) for c in np.unique(store.labels)]
-    centre, unit = values[rows].mean(axis=0), np.sqrt(np.mean(within, axis=0)).clip(1e-6)
-    targets = torch.from_numpy((values - centre) / unit)
-    torch.manual_seed(train.hash_seed(e.run.seed, 3))
-    network = ResidualClassifier(len(store.info.channels), len(visible))
-    task = train.SupervisedTask(
-        "ruler", network, store, train.regression_loss(targets), e.classifier, images=e.evaluation.ruler_images,
-        compute=w.compute, seed=e.run.seed + 1,
-    )  # fmt: skip
-    _write_history(w.out, train.fit(task, w.out, seed=e.run.seed, progress=w.progress))
-    (w.out / train.CHECKPOINT).unlink()
-    save_file({k: v.contiguous().cpu() for k, v in network.state_dict().items()}, w.out / "ruler.safetensors")
-    network.eval()
-    test = store.rows("test")
-    measured = _over_images(store, network, w, test).numpy()
-    true = targets[test].numpy()
-    r2 = 1 - ((measured - true) ** 2).mean(axis=0) / true.var(axis=0)
-    facts = {"factors": list(visible), "r2": dict(zip(visible, map(float, r2), strict=True)), "n": len(test)}
-    (w.out / "ruler.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    return facts
 
 
 def _autoencoder_task(w: Work, lambda1: float) -> train.AutoencoderTask:
@@ -175,60 +178,12 @@ def run_autoencoder(w: Work) -> dict[str, Any]:
         seen, history = train.load_checkpoint(task, w.inputs["warmup"] / train.CHECKPOINT)
         train.save_checkpoint(task, w.out / train.CHECKPOINT, seen, history)
     history = train.fit(task, w.out, seed=w.experiment.run.seed, progress=w.progress)
-    _write_history(w.out, history)
+    write_history(w.out, history)
     task.average.save(w.out)
     (w.out / train.CHECKPOINT).unlink()
     branch = task.images - task.warmup_images
     per_image = 1 + (e.truncated_steps if e.classifier_term == "truncated" and e.lambda1 > 0 else 0)
     return {"images": branch, "unet_evaluations": branch * per_image, "losses": history[-1]}
-
-
-@torch.no_grad()
-def run_reconstruction(w: Work) -> dict[str, Any]:
-    """Reconstruction, and the conditioning gate: does the image follow z, or does x_T carry it?"""
-    store, e = w.images(), w.experiment
-    model, classifier = w.autoencoder(), w.classifier(store)
-    probs_all = w.probabilities()
-    rows = _balanced(store, store.rows("test"), e.evaluation.num_images, e.run.seed)
-    x, probs = store.batch(rows, w.compute.device).x, probs_all[rows].to(w.compute.device)
-    said = probs.argmax(dim=1).cpu()
-    groups = store.groups()[rows]
-    generator = torch.Generator().manual_seed(train.hash_seed(e.run.seed, 5))
-    partner = _partners(said, generator)
-    noise = torch.randn(x.shape, generator=generator).to(x)
-    parts: dict[str, list[Tensor]] = {"reconstruction": [], "swapped": [], "random": []}
-    z = torch.cat([model.semantic(a, b) for a, b in zip(x.split(64), probs.split(64), strict=True)])
-    pieces = torch.arange(len(x)).split(64)
-    for done, i in enumerate(pieces):
-        x_T = model.invert(x[i], z[i])
-        parts["reconstruction"].append(model.decode(z[i], x_T))
-        parts["swapped"].append(model.decode(z[partner[i]], x_T))
-        parts["random"].append(model.decode(z[i], noise[i]))
-        w.progress("reconstruction", done + 1, len(pieces))
-    images = {name: torch.cat(part) for name, part in parts.items()}
-    p = {name: classifier.probabilities(image).cpu() for name, image in images.items()}
-    follows = {
-        "agreement": p["reconstruction"].argmax(1) == said, "swapped": p["swapped"].argmax(1) == said[partner],
-        "random": p["random"].argmax(1) == said,
-    }  # fmt: skip
-    values = {
-        "ssim": metrics.ssim(images["reconstruction"], x), "mse": metrics.mse(images["reconstruction"], x),
-        "psnr": metrics.psnr(images["reconstruction"], x),
-        "kl": classifier_divergence(probs.cpu(), p["reconstruction"].clamp_min(1e-12).log()), **follows,
-    }  # fmt: skip
-    facts: dict[str, Any] = {"n": len(rows), "units": len(np.unique(groups))}
-    for name, value in values.items():
-        array = value.cpu().double().numpy()
-        low, high = metrics.bootstrap_interval(array, groups, seed=e.run.seed)
-        facts[name] = {"mean": float(array.mean()), "low": low, "high": high}
-    show = torch.arange(min(12, len(x)))
-    shown = {"original": x, **images}
-    save_file(
-        {name: ((image[show].cpu() + 1) * 127.5).round().byte() for name, image in shown.items()},
-        w.out / "images.safetensors",
-    )
-    facts["unet_evaluations"] = len(rows) * (model.encode_evaluations + 3 * model.render_evaluations)
-    return facts
 
 
 @torch.no_grad()
@@ -249,7 +204,7 @@ def run_latents(w: Work) -> dict[str, Any]:
 def run_responses(w: Work) -> dict[str, Any]:
     store, s = w.images(), w.experiment.directions
     model, classifier, z = w.autoencoder(), w.classifier(store), w.codes()
-    rows = _balanced(store, store.rows("train"), s.response_images, w.experiment.run.seed)
+    rows = balanced(store, store.rows("train"), s.response_images, w.experiment.run.seed)
     subspace = Subspace.of(z[store.rows("train")], s.space, s.explained_variance).to(w.compute.device)
     responses = measure_responses(
         z[rows].to(w.compute.device), subspace, model.expected_image, classifier, step=s.alpha,
@@ -264,16 +219,11 @@ def run_directions(w: Work) -> dict[str, Any]:
     store, e = w.images(), w.experiment
     s, z = e.directions, w.codes()
     subspace = Subspace.of(z[store.rows("train")], s.space, s.explained_variance)
-    if "responses" in w.inputs:
-        saved = load_file(w.inputs["responses"] / "responses.safetensors")
-        rows, responses = saved["rows"].numpy(), Responses(saved["image"], saved["verdict"])
-        responses = Responses(*(part.to(w.compute.device) for part in responses))
-    else:
-        rows, responses = store.rows("train"), None
+    rows, responses = training_responses(w, store)
     coordinates = subspace.coordinates(z[rows]).to(w.compute.device)
     task = train.DirectionsTask(s, coordinates, responses, seed=e.run.seed)
     history = train.fit(task, w.out, seed=e.run.seed, progress=w.progress)
-    _write_history(w.out, history)
+    write_history(w.out, history)
     (w.out / train.CHECKPOINT).unlink()
     directions = DirectionSet(task.models.cpu(), subspace)
     directions.save(w.out)
@@ -286,6 +236,15 @@ def run_directions(w: Work) -> dict[str, Any]:
         "largest_cosine": float(off.max()) if len(off) else 0.0, "mean_cosine": float(off.mean()) if len(off) else 0.0,
         "losses": history[-1],
     }  # fmt: skip
+
+
+def training_responses(w: Work, store: ImageStore) -> tuple[NDArray[np.int64], Responses | None]:
+    """Training images of the directions: those with measured responses, where the objective looks at any, else all."""
+    if "responses" not in w.inputs:
+        return store.rows("train"), None
+    saved = load_file(w.inputs["responses"] / "responses.safetensors")
+    responses = Responses(saved["image"].to(w.compute.device), saved["verdict"].to(w.compute.device))
+    return saved["rows"].numpy(), responses
 
 
 def class_pairs(e: Experiment, class_names: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -312,13 +271,14 @@ def _control(class_names: tuple[str, ...]) -> int:
 
 
 def load_measure(folder: Path, channels: int, device: torch.device) -> Measure:
-    """The ruler, restricted to the factors that it measures well (R2 of at least 0.5 on test cells)."""
+    """The ruler, calibrated, restricted to the factors that it measures well (R2 of at least 0.5 on test cells)."""
     facts = json.loads((folder / "ruler.json").read_text(encoding="utf-8"))
     network = ResidualClassifier(channels, len(facts["factors"]))
-    network.load_state_dict(load_file(folder / "ruler.safetensors"))
+    network.load_state_dict(load_file(folder / "model.safetensors"))
     network.to(device).eval().requires_grad_(False)
     good = [j for j, name in enumerate(facts["factors"]) if facts["r2"][name] >= 0.5]
-    return Measure(tuple(facts["factors"][j] for j in good), lambda x: network(x)[:, good])
+    slopes = torch.tensor([facts["slope"][j] for j in good], device=device)
+    return Measure(tuple(facts["factors"][j] for j in good), lambda x: network(x)[:, good] / slopes)
 
 
 def run_effects(w: Work) -> dict[str, Any]:
@@ -342,6 +302,8 @@ def run_effects(w: Work) -> dict[str, Any]:
     for group in sets.values():
         group.to(device)
     measure = load_measure(w.inputs["ruler"], len(store.info.channels), device) if "ruler" in w.inputs else None
+    judges = {name: w.judge(name, store) for name in ("witness", "robust")}
+    distances = w.distances(judges["witness"])
     predicted, groups = w.probabilities().argmax(dim=1).numpy(), store.groups()
     chosen = {
         s: choose_rows(store.labels, predicted, groups, store.rows("test"), s, e.ranking.num_images, e.run.seed)
@@ -368,8 +330,9 @@ def run_effects(w: Work) -> dict[str, Any]:
         if not file.is_file():
             batch = store.batch(rows, device)
             table = effects_table(
-                model, classifier, sets, edits, batch.x, batch.rows, reference=length[s], measure=measure
-            )
+                model, classifier, sets, edits, batch.x, batch.rows, reference=length[s], measure=measure,
+                judges=judges, distances=distances, cells=w.masks(batch.x, store.info.channels),
+            )  # fmt: skip
             pq.write_table(table, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").rename(file)
         tables.append(_join_metadata(pq.read_table(file), store, groups))
@@ -403,9 +366,17 @@ def run_scoreboard(w: Work) -> dict[str, Any]:
     facts = {
         name: json.loads((folder / RECORD).read_text(encoding="utf-8"))["facts"] for name, folder in w.inputs.items()
     }
-    table = pq.read_table(w.inputs["effects"] / "effects.parquet")
-    result = score(w.experiment, facts, table)
+    evidence = w.inputs["evidence"]
+    tables = Tables(
+        effects=pq.read_table(w.inputs["effects"] / "effects.parquet"),
+        real=pq.read_table(w.inputs["real_cells"] / "features.parquet"),
+        cells=pq.read_table(evidence / "cells.parquet"),
+        trajectories=pq.read_table(evidence / "trajectories.parquet"), cycle=pq.read_table(evidence / "cycle.parquet"),
+        profiles={k: v.numpy() for k, v in load_file(w.inputs["replicas"] / "profiles.safetensors").items()},
+    )  # fmt: skip
+    result = score(w.experiment, facts, tables)
     pq.write_table(result.ranking, w.out / "ranking.parquet")
+    pq.write_table(phenotype_table(result.findings, tables.real), w.out / "phenotypes.parquet")
     (w.out / "row.json").write_text(json.dumps(result.row, indent=1), encoding="utf-8")
     return {"top": result.top}
 
@@ -438,12 +409,12 @@ def run_pictures(w: Work) -> dict[str, Any]:
 # Small things that several stages need
 
 
-def _write_history(folder: Path, history: train.History) -> None:
+def write_history(folder: Path, history: train.History) -> None:
     (folder / "history.json").write_text(json.dumps(history), encoding="utf-8")
 
 
 @torch.no_grad()
-def _over_images(
+def over_images(
     store: ImageStore, function: Callable[[Tensor], Tensor], w: Work, rows: NDArray[np.int64] | None = None
 ) -> Tensor:
     rows = np.arange(len(store)) if rows is None else rows
@@ -451,21 +422,10 @@ def _over_images(
     return torch.cat([function(store.batch(part, w.compute.device).x).cpu() for part in parts])
 
 
-def _balanced(store: ImageStore, candidates: NDArray[np.int64], num: int, seed: int) -> NDArray[np.int64]:
+def balanced(store: ImageStore, candidates: NDArray[np.int64], num: int, seed: int) -> NDArray[np.int64]:
     """Up to ``num`` of the candidates, drawn at random, the classes in equal shares as far as they reach."""
     rng = np.random.default_rng([seed, 7])
     by_class = [rng.permutation(candidates[store.labels[candidates] == c]) for c in range(len(store.info.class_names))]
     turn = np.concatenate([np.arange(len(rows)) for rows in by_class])
     rows = np.concatenate(by_class)
     return np.sort(rows[np.argsort(turn, kind="stable")][:num])
-
-
-def _partners(said: Tensor, generator: torch.Generator) -> Tensor:
-    """For each image another one that the classifier puts into another class; any other where all are of one class."""
-    partner = torch.empty_like(said)
-    for i, c in enumerate(said):
-        other = torch.nonzero(said != c)[:, 0]
-        if len(other) == 0:
-            other = torch.tensor([j for j in range(len(said)) if j != i])
-        partner[i] = other[torch.randint(len(other), (), generator=generator)]
-    return partner

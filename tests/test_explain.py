@@ -100,7 +100,7 @@ def test_the_table_has_the_documented_columns(explainer: Explainer, x: Tensor) -
     measure = Measure(("size", "shape"), lambda images: images.mean(dim=(2, 3)))
     made = table(explainer, x, [Edit("learned", 0, 1.0, None)], measure=measure)
     assert set(made.column_names) == {
-        "row", "kind", "direction", "alpha", "reference", "length_z", "ssim", "l1", "change", "shift:size",
+        "row", "kind", "direction", "alpha", "reference", "length_z", "ssim", "l1", "changed", "change", "shift:size",
         "shift:shape", *(f"p_{what}:{c}" for what in ("original", "reconstruction", "edit") for c in NAMES),
     }  # fmt: skip
     assert made.schema.field("change").type == pa.list_(pa.float32(), C * MAP * MAP)

@@ -18,12 +18,16 @@ from diffex.store import Store
 
 TINY = load(Path(__file__).with_name("tiny.yaml"))
 
-FROM_EFFECTS = {"effects", "scoreboard", "pictures"}
-FROM_DIRECTIONS = {"directions", *FROM_EFFECTS}
+FROM_SCOREBOARD = {"scoreboard", "pictures"}
+FROM_EVIDENCE = {"evidence", "truth", *FROM_SCOREBOARD}
+FROM_EFFECTS = {"effects", *FROM_EVIDENCE}
+FROM_DIRECTIONS = {"directions", "replicas", *FROM_EFFECTS}
+FROM_ROBUST = {"robust", *FROM_EFFECTS}
 FROM_AUTOENCODER = {"autoencoder", "reconstruction", "latents", "responses", *FROM_DIRECTIONS}
 FROM_WARMUP = {"warmup", *FROM_AUTOENCODER}
-FROM_CLASSIFIER = {"classifier", *FROM_WARMUP}
-EVERYTHING = {"data", "ruler", *FROM_CLASSIFIER}
+FROM_CLASSIFIER = {"classifier", *FROM_WARMUP, *FROM_ROBUST}
+FROM_WITNESS = {"witness", "reconstruction", *FROM_ROBUST}
+EVERYTHING = {"data", "ruler", "real_cells", *FROM_WITNESS, *FROM_CLASSIFIER}
 
 
 def changed(base: Experiment = TINY, **settings: object) -> set[str]:
@@ -43,13 +47,22 @@ def changed(base: Experiment = TINY, **settings: object) -> set[str]:
         ("run.precision", "fp32", EVERYTHING - {"data"}),
         ("classifier.width", 12, FROM_CLASSIFIER),
         ("evaluation.ruler_images", 128, {"ruler", *FROM_EFFECTS}),
+        ("classifier.noise", 0.1, EVERYTHING - {"data", "real_cells"}),
+        ("evaluation.witness_images", 128, FROM_WITNESS),
+        ("evaluation.epsilon", 0.1, FROM_ROBUST),
+        ("evaluation.real_images", 9, {"real_cells", "truth", *FROM_SCOREBOARD}),
+        ("evaluation.nucleus_channel", "actin", {"real_cells", *FROM_EFFECTS}),
+        ("evaluation.cell_features", "full", {"real_cells", *FROM_EVIDENCE}),
+        ("evaluation.followed_images", 4, FROM_EVIDENCE),
+        ("evaluation.replicas", 2, {"replicas", *FROM_SCOREBOARD}),
+        ("evaluation.lpips", "lpips", {"reconstruction", *FROM_EFFECTS}),
         ("autoencoder.code_dim", 16, FROM_WARMUP),
         ("autoencoder.images", 1920, FROM_WARMUP),
         ("autoencoder.warmup_fraction", 0.5, FROM_WARMUP),
         ("autoencoder.lambda1", 0.5, FROM_AUTOENCODER),
         ("autoencoder.classifier_term", "truncated", FROM_AUTOENCODER),
         ("rendering.steps", 5, {"reconstruction", *FROM_EFFECTS}),
-        ("evaluation.num_images", 12, {"reconstruction", "scoreboard", "pictures"}),
+        ("evaluation.num_images", 12, {"reconstruction", *FROM_EVIDENCE}),
         ("directions.response_images", 32, {"responses", *FROM_DIRECTIONS}),
         ("directions.alpha", 1.0, {"responses", *FROM_DIRECTIONS}),
         ("directions.lambda2", 3.0, FROM_DIRECTIONS),
@@ -59,8 +72,8 @@ def changed(base: Experiment = TINY, **settings: object) -> set[str]:
         ("evaluation.random_directions", 5, FROM_EFFECTS),
         ("ranking.num_images", 8, FROM_EFFECTS),
         ("ranking.alphas", [1.0], FROM_EFFECTS),
-        ("ranking.top", 1, {"scoreboard", "pictures"}),
-        ("ranking.confidence", 0.9, {"scoreboard", "pictures"}),
+        ("ranking.top", 1, FROM_SCOREBOARD),
+        ("ranking.confidence", 0.9, FROM_SCOREBOARD),
         ("run.device", "cpu", set()),
     ],
 )
@@ -99,15 +112,18 @@ def test_losses_that_look_at_the_code_only_need_no_responses() -> None:
     assert "responses" not in stage_digests(TINY.with_settings(settings))
 
 
-def test_real_images_have_no_ruler(tmp_path: Path) -> None:
+def test_real_images_have_no_truth(tmp_path: Path) -> None:
     real = TINY.with_settings({"data.path": str(tmp_path)})
-    assert absent(real) == {"ruler"}
-    assert "ruler" not in stage_digests(real)
+    assert absent(real) == {"ruler", "truth"}
+    assert not {"ruler", "truth"} & set(stage_digests(real))
 
 
 def test_code_that_runs_decides_the_digest() -> None:
-    assert code_digest("run_latents", ("model",)) != code_digest("run_latents", ("networks",))
-    assert code_digest("run_latents", ("model",)) != code_digest("run_effects", ("model",))
+    latents = code_digest("stages", "run_latents", ("model",))
+    assert latents != code_digest("stages", "run_latents", ("networks",))
+    assert latents != code_digest("stages", "run_effects", ("model",))
+    ruler = code_digest("instruments", "run_ruler", ("networks",))
+    assert ruler != code_digest("instruments", "run_witness", ("networks",))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
