@@ -225,12 +225,12 @@ class FactorRegression:
         def within(x: NDArray) -> NDArray:
             out = np.array(x, float)
             for c in np.unique(labels):
-                out[labels == c] -= np.nanmean(out[labels == c], axis=0)
+                out[labels == c] -= _mean(out[labels == c])
             return out
 
-        centre = np.nan_to_num(np.nanmean(features, axis=0))
-        spread = np.nanstd(features, axis=0)
-        scale = np.where(np.nan_to_num(spread) > 1e-9, 1.0 / np.maximum(np.nan_to_num(spread), 1e-9), 0.0)
+        centre = _mean(features)
+        spread = np.sqrt(_mean((features - centre) ** 2))
+        scale = np.where(spread > 1e-9, 1.0 / np.maximum(spread, 1e-9), 0.0)
         x, y = np.nan_to_num(within((features - centre) * scale)), within(values)
         y /= np.maximum(y.std(axis=0), 1e-9)
         ridge = RidgeCV(alphas=np.geomspace(1.0, 1e4, 13), alpha_per_target=True)
@@ -245,3 +245,8 @@ class FactorRegression:
     def __call__(self, features: NDArray) -> NDArray[np.float64]:
         """Factors (n, F) in their within-class standard deviations, up to a constant, of features (n, P)."""
         return np.nan_to_num(features - self.centre) @ self.weight
+
+
+def _mean(x: NDArray) -> NDArray[np.float64]:
+    """Mean of the columns of x, NaN left out; 0 of columns of nothing else."""
+    return np.asarray(np.nansum(x, axis=0) / np.maximum((~np.isnan(x)).sum(axis=0), 1), np.float64)

@@ -104,8 +104,18 @@ def _uses_autoencoder(e: Experiment) -> Any:
 
 def _uses_effects(e: Experiment) -> Any:
     asked = _pick(e.ranking, "source", "target", "num_images", "alphas")
-    measured = _pick(e.evaluation, "random_directions", "baselines", "lpips", *_CHANNELS)
-    return _seeded(e, asked, measured, to_dict(e.rendering))
+    measured = _pick(e.evaluation, "random_directions", "baselines", *_CHANNELS)
+    return _seeded(e, asked, measured, _lpips(e), to_dict(e.rendering))
+
+
+def _lpips(e: Experiment) -> str | None:
+    """The package's name, or what the weights file holds: so a path that leads nowhere is told before any training."""
+    name = e.evaluation.lpips
+    if name is None or name == "lpips":
+        return name
+    if not Path(name).is_file():
+        raise UserError(f"there is no weights file {name!r} (evaluation.lpips)")
+    return fingerprint(Path(name))
 
 
 def _uses_evidence(e: Experiment) -> Any:
@@ -122,6 +132,8 @@ _CHANNELS = ("nucleus_channel", "cell_channel")
 
 
 _NETWORK = ("networks", "diffusion", "model")
+
+_MEASURING = ("cells", "features", "cellprofiler")
 
 _READING = ("paths", "tables", "sources", "arrays", "ome", "listings", "patterns", "layouts")
 
@@ -148,7 +160,7 @@ GRAPH: dict[str, Stage] = {
         uses=_uses_instrument("robust_images", "epsilon"),
     ),
     "real_cells": Stage(
-        run=instruments.run_real_cells, needs=("data",), code=("cells", "features", "cellprofiler", "explain"),
+        run=instruments.run_real_cells, needs=("data",), code=(*_MEASURING, "explain"),
         uses=lambda e: _seeded(e, _pick(e.evaluation, "real_images", "cell_features", *_CHANNELS)),
     ),
     "warmup": Stage(run=stages.run_warmup, needs=("data", "classifier"), code=(*_NETWORK, "train"), uses=_uses_warmup),
@@ -159,7 +171,7 @@ GRAPH: dict[str, Stage] = {
     "reconstruction": Stage(
         run=evidence.run_reconstruction, needs=("data", "classifier", "witness", "autoencoder"),
         code=(*_NETWORK, "classifier", "metrics", "perceptual", "realism", "statistics"),
-        uses=lambda e: _seeded(e, _pick(e.evaluation, "num_images", "lpips"), to_dict(e.rendering)),
+        uses=lambda e: _seeded(e, e.evaluation.num_images, _lpips(e), to_dict(e.rendering)),
     ),
     "latents": Stage(
         run=stages.run_latents, needs=("data", "classifier", "autoencoder"), code=("networks", "model"), uses=_seeded,
@@ -185,7 +197,10 @@ GRAPH: dict[str, Stage] = {
     "evidence": Stage(
         run=evidence.run_evidence, uses=_uses_evidence,
         needs=("data", "classifier", "witness", "robust", "autoencoder", "directions", "effects"),
-        code=(*_NETWORK, "directions", "explain", "ranking", "trajectories", "features", "perceptual", "realism"),
+        code=(
+            *_NETWORK, "directions", "explain", "ranking", "trajectories", *_MEASURING, "instruments", "perceptual",
+            "realism", "statistics",
+        ),
     ),
     "truth": Stage(
         run=evidence.run_truth, needs=("data", "latents", "directions", "real_cells", "evidence"), uses=_seeded,
@@ -193,7 +208,10 @@ GRAPH: dict[str, Stage] = {
     ),
     "scoreboard": Stage(
         run=stages.run_scoreboard, uses=_uses_scoreboard,
-        code=("assay", "ranking", "scoreboard", "audit", "signatures", "phenotypes", "metrics", "statistics"),
+        code=(
+            "assay", "ranking", "scoreboard", "audit", "signatures", "phenotypes", "metrics", "measures", "statistics",
+            "disentanglement", "stability", "trajectories",
+        ),
         needs=(
             "data", "classifier", "ruler", "witness", "robust", "real_cells", "warmup", "autoencoder", "reconstruction",
             "latents", "responses", "directions", "replicas", "effects", "evidence", "truth",

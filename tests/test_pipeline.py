@@ -206,3 +206,17 @@ def test_a_classifier_that_does_not_fit_leaves_no_entry_and_mending_it_goes_on(t
     outcome = ensure(store, e, "classifier")
     assert outcome.paid == ["classifier"]
     assert outcome.reused == ["data"]
+
+
+def test_weights_that_are_not_there_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="evaluation.lpips"):
+        stage_digests(TINY.with_settings({"evaluation.lpips": str(tmp_path / "none.pth")}))
+
+
+def test_other_weights_under_the_same_name_are_another_distance(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"one")
+    before = stage_digests(TINY.with_settings({"evaluation.lpips": str(weights)}))
+    weights.write_bytes(b"two")
+    after = stage_digests(TINY.with_settings({"evaluation.lpips": str(weights)}))
+    assert {n for n in before if before[n] != after[n]} == {"reconstruction", *FROM_EFFECTS}
