@@ -239,7 +239,7 @@ def _real(shift: Shift, real: Population) -> Test:
         f"{100 * shift.shared:.0f} % of the change is what real cells differ in, {100 * shift.opposed:.0f} % the "
         f"opposite ({int(shift.moved.sum())} features moved, {int(real.differs.sum())} of {len(real.names)} differ)"
     )
-    return Test("populations", shift.agreement >= HALF, shift.agreement, text)
+    return Test("populations", shift.shared >= HALF and shift.opposed <= HALF / 2, shift.agreement, text)
 
 
 def _plates(shift: Shift, real: Population) -> Test:

@@ -173,7 +173,7 @@ class Ranking:
 class Evaluation:
     """What the scoreboard measures, and on how many images."""
 
-    num_images: int = setting(96, "test images for reconstruction and for the conditioning gate", low=4)
+    num_images: int = setting(80, "test images for reconstruction and for the conditioning gate", low=4)
     random_directions: int = setting(24, "random directions of the null", low=1)
     baselines: tuple[str, ...] = setting(
         ("class_mean",), "directions to set beside the learned ones", choices=("class_mean", "linear", "principal")
@@ -190,7 +190,7 @@ class Evaluation:
     nucleus_channel: str | None = setting(None, "channel that shows nuclei; null: told by its name")
     cell_channel: str | None = setting(None, "channel that shows whole cells; null: all but the nuclei's")
     audited: int = setting(5, "directions whose way is followed and audited (one of every pair at least)", low=1)
-    followed_images: int = setting(24, "images on which that is done", low=4)
+    followed_images: int = setting(16, "images on which that is done", low=4)
     steps: int = setting(4, "steps on the way to the reference length", low=2, high=64)
     replicas: int = setting(2, "times the directions are trained again, for their stability", low=1, high=20)
     lpips: str | None = setting(

@@ -166,6 +166,21 @@ def disentanglement_of(importance: ArrayLike) -> float:
     return _concentration(_magnitudes(importance))
 
 
+def selectivity(effects: ArrayLike) -> float:
+    """How far the directions keep to one factor each, every direction counting alike: mean of 1 - H(row) / log F.
+
+    H is the entropy of the shares of the *squares*: what a direction hardly moves hardly counts.
+
+    Args:
+        effects: (K, F), magnitudes of effects, as of ``disentanglement_of``, whose rows count by their size.
+
+    Returns:
+        0 to 1; nan without a direction.
+    """
+    rows = _magnitudes(effects) if np.size(effects) else np.zeros((0, 1))
+    return float(np.mean([disentanglement_of(row[None] ** 2) for row in rows])) if len(rows) else float("nan")
+
+
 def completeness_of(importance: ArrayLike) -> float:
     """How far each column (factor) keeps to one row (code, direction): ``disentanglement_of`` the transpose, base K.
 

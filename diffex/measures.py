@@ -60,8 +60,10 @@ METRICS = {
     "recovery.precision": "share of top directions with a clear change whose largest change is a planted factor",
     "recovery.recall": "share of planted factors that are the largest change of a top direction",
     "recovery.rulers_agree": "correlation of the directions' factor shifts by ruler and by classical features",
-    "effects.disentanglement": "DCI disentanglement of the matrix of top directions and factor shifts: 1 where each "
-    "direction moves one factor",
+    "effects.disentanglement": "DCI disentanglement of the matrix of top directions with a clear change and factor "
+    "shifts by the ruler: 1 where each direction moves one factor; weighted by size",
+    "effects.selectivity": "mean over those directions, however large, of 1 - entropy of their squared factor shifts: "
+    "1 where each moves one factor",
     "effects.completeness": "DCI completeness of that matrix: 1 where each factor is moved by one direction",
     "truth.mig": "mutual information gap of codes along the directions and true factors, test images",
     "truth.sap": "separated attribute predictability of the same",

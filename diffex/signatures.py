@@ -68,8 +68,8 @@ def _collapsed(row: Row) -> bool:
 def _entangled(row: Row) -> bool:
     if _collapsed(row) or _dead(row):  # those have names of their own
         return False
-    if not math.isnan(_number(row, "effects.disentanglement")):
-        return _number(row, "effects.disentanglement") < 0.15
+    if not math.isnan(_number(row, "effects.selectivity")):
+        return _number(row, "effects.selectivity") < 0.25
     return _number(row, "directions.feature_overlap") > 0.85 or _number(row, "directions.overlap") > 0.85
 
 
@@ -85,8 +85,8 @@ RULES = (
     Rule(
         "attribute entanglement", "directions differ, but each changes many properties of the cell at once", _entangled,
         lambda r: (
-            f"disentanglement of effects {_number(r, 'effects.disentanglement'):.2f}"
-            if not math.isnan(_number(r, "effects.disentanglement"))
+            f"selectivity of effects {_number(r, 'effects.selectivity'):.2f}"
+            if not math.isnan(_number(r, "effects.selectivity"))
             else f"overlap of feature shifts {_number(r, 'directions.feature_overlap'):.2f}, of change maps "
             f"{_number(r, 'directions.overlap'):.2f}"
         ),

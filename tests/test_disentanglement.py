@@ -19,6 +19,7 @@ from diffex.disentanglement import (
     profile_overlap,
     recovery,
     sap,
+    selectivity,
 )
 from diffex.errors import UserError
 
@@ -408,3 +409,14 @@ def test_profiles_without_change_are_left_out() -> None:
     assert profile_overlap([[1.0, 0.0], [0.6, -0.8], [0.0, 0.0]]) == pytest.approx(0.6)
     assert np.isnan(profile_overlap(np.zeros((3, 4))))
     assert np.isnan(profile_overlap(np.ones((1, 4))))
+
+
+def test_selectivity_counts_every_direction_alike() -> None:
+    """A large entangled direction outweighs small pure ones in DCI's score, not here."""
+    pure, mixed = np.array([0.0, 1.0, 0.0, 0.0]), np.array([9.0, 9.0, 9.0, 9.0])
+    assert selectivity([pure, pure[::-1]]) == pytest.approx(1.0)
+    assert selectivity([mixed]) == pytest.approx(0.0)
+    assert selectivity([pure, mixed]) == pytest.approx(0.5)
+    assert disentanglement_of([pure, mixed]) < 0.1
+    assert selectivity([pure, pure]) == selectivity([pure])
+    assert np.isnan(selectivity(np.zeros((0, 4))))

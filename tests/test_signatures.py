@@ -22,7 +22,7 @@ from diffex.compute import Compute
 from diffex.config import Experiment
 from diffex.data import ImageStore, ShardWriter, StoreInfo, index_columns, write_index
 from diffex.directions import DirectionSet, Subspace
-from diffex.disentanglement import disentanglement_of
+from diffex.disentanglement import selectivity
 from diffex.evidence import run_evidence, run_reconstruction
 from diffex.explain import Edit, Measure, effects_table
 from diffex.instruments import run_real_cells
@@ -42,20 +42,20 @@ NAMES = [r.name for r in RULES]
 HEALTHY: dict[str, Any] = {
     "flip_rate": 0.9, "mean_shift": 0.7, "perceptual.strangers": 0.4, "edit.perceptual": 0.1, "agreement": 0.98,
     "kl": 0.05, "gate.swapped": 0.95, "gate.random": 0.9, "directions.number": 8.0, "directions.effective_rank": 5.2,
-    "directions.overlap": 0.4, "directions.feature_overlap": 0.3, "effects.disentanglement": 0.5,
+    "directions.overlap": 0.4, "directions.feature_overlap": 0.3, "effects.selectivity": 0.5,
     "flip.alpha_share": 0.5, "edit.implausible": 0.02,
 }  # fmt: skip
 """A row of the numbers that the rules look at."""
 
-WITHOUT_TRUTH: dict[str, Any] = {"effects.disentanglement": None}
+WITHOUT_TRUTH: dict[str, Any] = {"effects.selectivity": None}
 SICK: list[tuple[str, dict[str, Any]]] = [
     ("mode collapse", {"directions.effective_rank": 1.2}),
-    ("attribute entanglement", {"effects.disentanglement": 0.1}),
+    ("attribute entanglement", {"effects.selectivity": 0.1}),
     ("attribute entanglement", {**WITHOUT_TRUTH, "directions.overlap": 0.9}),
     ("attribute entanglement", {**WITHOUT_TRUTH, "directions.feature_overlap": 0.9}),
     ("zero shift", {"mean_shift": -0.01, "edit.perceptual": 0.001}),
     ("zero shift", {"mean_shift": 0.0, "edit.perceptual": 0.0, "directions.effective_rank": 0.0}),
-    ("zero shift", {"mean_shift": 0.0, "edit.perceptual": 0.0, "effects.disentanglement": 0.0}),
+    ("zero shift", {"mean_shift": 0.0, "edit.perceptual": 0.0, "effects.selectivity": 0.0}),
     ("code ignored", {"gate.swapped": 0.4}),
     ("code ignored", {"gate.random": 0.5}),
     ("code ignored", {"gate.swapped": None, "gate.random": 0.5}),
@@ -67,7 +67,7 @@ SICK: list[tuple[str, dict[str, Any]]] = [
 ]
 WELL = [
     {"directions.number": 2.0, "directions.effective_rank": 1.2},  # two may well do one thing
-    {"effects.disentanglement": 0.3, "directions.overlap": 0.95, "directions.feature_overlap": 0.95},  # truth decides
+    {"effects.selectivity": 0.3, "directions.overlap": 0.95, "directions.feature_overlap": 0.95},  # truth decides
     {"mean_shift": 0.0},  # it changes the image, only not the verdict
     {"edit.perceptual": 0.0},  # it changes the verdict
     {
@@ -120,7 +120,7 @@ def test_what_is_not_known_raises_nothing() -> None:
 def test_several_failures_come_in_the_order_of_the_rules() -> None:
     row = HEALTHY | {"edit.implausible": 0.3, "kl": 1.0, "gate.random": 0.5, "directions.effective_rank": 1.0}
     assert names(row) == ["mode collapse", "code ignored", "classifier fidelity lost", "over-edit"]
-    assert names(HEALTHY | {"directions.effective_rank": 1.0, "effects.disentanglement": 0.0}) == ["mode collapse"]
+    assert names(HEALTHY | {"directions.effective_rank": 1.0, "effects.selectivity": 0.0}) == ["mode collapse"]
 
 
 @pytest.mark.parametrize(("name", "numbers"), SICK)
@@ -446,7 +446,7 @@ def test_a_healthy_set_raises_nothing(healthy: dict[str, Any]) -> None:
     assert healthy["flip_rate"] > 0.8
     assert healthy["audit.supported"] == 1
     known = {key for key in HEALTHY if healthy.get(key) is not None and not np.isnan(healthy[key])}
-    assert known == set(HEALTHY) - {"effects.disentanglement"}  # no rule is silent for want of numbers
+    assert known == set(HEALTHY) - {"effects.selectivity"}  # no rule is silent for want of numbers
 
 
 @pytest.mark.parametrize("what", PROVOKED)
@@ -495,5 +495,5 @@ def test_measured_properties_tell_of_entanglement(
     table = table.append_column("class_name", pa.array(["control"] * len(table)))
     table = table.append_column("group", table["row"])
     shifts = arrays(table, "learned", "control", "treated").shifts[:, :, 0].mean(axis=0)
-    row = healthy | {"effects.disentanglement": disentanglement_of(np.abs(shifts))}
+    row = healthy | {"effects.selectivity": selectivity(np.abs(shifts))}
     assert names(row) == failures
