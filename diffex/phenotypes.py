@@ -33,7 +33,7 @@ DISCOVERY = 0.05  # false discovery rate
 
 _SHAPE = re.compile(r"(Nuclei|Cells)_AreaShape_(Area|Eccentricity)$|Cells_Children_Nuclei_Count$")
 _LIGHT = re.compile(
-    r"(?P<part>Nuclei|Cells)_(Intensity_MeanIntensity(Edge)?|RadialDistribution_FracAtD|Granularity_1)"
+    r"(?P<part>Nuclei|Cells)_(Intensity_MeanIntensity(Edge)?|RadialDistribution_FracAtD)"
     r"_(?P<channel>.+?)(?P<ring>_[14]of4)?$"
 )
 
@@ -352,8 +352,9 @@ def phenotype_words(shift: Shift, real: Population, treatment: str, most: int = 
     Headlines (see ``headline``) are named where any of them moves, and none that correlates with one named before.
     Last comes one of STEADY that does not change.
     """
-    plainly = np.array([headline(n) for n in real.names])
-    weight = np.abs(shift.difference)
+    plainly = np.array([headline(n) for n in real.names], bool)
+    # Of shifts about as large, areas and intensities say more than shares of light.
+    weight = np.abs(shift.difference) * np.where(["Radial" in n for n in real.names], 1.0, 1.3)
     if (plainly & shift.moved).any():
         weight = np.where(plainly, weight, 0.0)
     named: list[int] = []

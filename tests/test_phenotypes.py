@@ -558,12 +558,12 @@ def test_headlines_of_a_screen_are_shapes_and_where_each_stain_lies(measured: li
     stains = [
         f"Cells_{what}"
         for c in ("tubulin", "actin")
-        for what in (f"Intensity_MeanIntensity_{c}", f"Intensity_MeanIntensityEdge_{c}", f"Granularity_1_{c}",
+        for what in (f"Intensity_MeanIntensity_{c}", f"Intensity_MeanIntensityEdge_{c}",
                      f"RadialDistribution_FracAtD_{c}_1of4", f"RadialDistribution_FracAtD_{c}_4of4")
     ]  # fmt: skip
     assert {n for n in measured if headline(n)} == {
         "Cells_Children_Nuclei_Count", "Cells_AreaShape_Area", "Cells_AreaShape_Eccentricity", "Nuclei_AreaShape_Area",
-        "Nuclei_AreaShape_Eccentricity", "Nuclei_Intensity_MeanIntensity_DNA", "Nuclei_Granularity_1_DNA", *stains,
+        "Nuclei_AreaShape_Eccentricity", "Nuclei_Intensity_MeanIntensity_DNA", *stains,
     }  # fmt: skip
 
 
