@@ -146,7 +146,7 @@ class Directions:
     )  # fmt: skip
     lambda3: float = setting(0.3, "weight of the largest share of the classifier's change (published: 0)", low=0.0)
     response_images: int = setting(192, "images around which the image's response is measured", low=8)
-    images: int = setting(16_000, "codes seen in training", low=16)
+    images: int = setting(12_000, "codes seen in training", low=16)
     batch_size: int = setting(32, "codes a step", low=4)
     learning_rate: float = setting(3e-3, "learning rate of Adam", low=0.0)
     weight_decay: float = setting(1e-3, "weight decay of Adam", low=0.0)
@@ -173,17 +173,17 @@ class Ranking:
 class Evaluation:
     """What the scoreboard measures, and on how many images."""
 
-    num_images: int = setting(80, "test images for reconstruction and for the conditioning gate", low=4)
+    num_images: int = setting(64, "test images for reconstruction and for the conditioning gate", low=4)
     random_directions: int = setting(24, "random directions of the null", low=1)
     baselines: tuple[str, ...] = setting(
         ("class_mean",), "directions to set beside the learned ones", choices=("class_mean", "linear", "principal")
     )
-    ruler_images: int = setting(20_000, "images the factor regressor is trained on (assay only)", low=64)
-    witness_images: int = setting(8_000, "images an independent classifier, the witness, is trained on", low=64)
+    ruler_images: int = setting(16_000, "images the factor regressor is trained on (assay only)", low=64)
+    witness_images: int = setting(6_000, "images an independent classifier, the witness, is trained on", low=64)
     witness_width: int = setting(16, "channels of the witness's first level", low=4, high=512)
-    robust_images: int = setting(4_000, "images of the adversarial training of a robust counterpart", low=64)
+    robust_images: int = setting(2_500, "images of the adversarial training of a robust counterpart", low=64)
     epsilon: float = setting(0.06, "largest change of a pixel in attacks (images are in [-1, 1])", low=1e-4, high=1.0)
-    real_images: int = setting(120, "held-out images of each class whose cells are measured", low=8)
+    real_images: int = setting(96, "held-out images of each class whose cells are measured", low=8)
     cell_features: str = setting(
         "core", "features of cells: diffex's own, or CellProfiler's full set (diffex[cells])", choices=("core", "full")
     )

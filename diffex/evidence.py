@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -28,13 +29,12 @@ from diffex.model import Code, DiffusionAutoencoder, classifier_divergence
 from diffex.networks import ResidualClassifier
 from diffex.perceptual import embed
 from diffex.ranking import rank
-from diffex.realism import Distance as RealismDistance
 from diffex.realism import distance_with_interval
 from diffex.stages import Work, balanced, training_responses
 from diffex.store import RECORD
 from diffex.trajectories import render_trajectory, trajectory_table
 
-TRUTH_IMAGES = 1000  # enough for regressions of a dozen codes
+TRUTH_IMAGES = 800  # enough for regressions of a dozen codes
 
 REALISM = {"frechet": "frechet", "kid": "kernel"}  # key in the row -> kind of distance
 
@@ -264,6 +264,14 @@ def run_evidence(w: Work) -> dict[str, Any]:
         table = feature_table(store, rows, measured(w, store, x))
         cells.append(_tagged(table, kind=kind, target=target, direction=direction))
 
+    def seen(x: Tensor) -> NDArray:
+        return embed(cast(ResidualClassifier, witness.network), x).cpu().numpy()
+
+    @cache
+    def real_of(target: str) -> tuple[NDArray[np.int64], NDArray]:
+        rows = balanced(store, test[store.labels[test] == names.index(target)], e.evaluation.num_images, e.run.seed)
+        return rows, seen(store.batch(rows, w.compute.device).x)
+
     for source in dict.fromkeys(r["source"] for r in chosen):
         c = names.index(source)
         rows = choose_rows(store.labels, probs.argmax(dim=1).numpy(), groups, test, c, number, e.run.seed)
@@ -278,11 +286,11 @@ def run_evidence(w: Work) -> dict[str, Any]:
             paths.append(_tagged(trajectory, **about))
             cycles.append(_tagged(cycle, **about))
             measure(edit, rows, "edit", r["target"], r["direction"])
-            real = balanced(
-                store, test[store.labels[test] == names.index(r["target"])], e.evaluation.num_images, e.run.seed
-            )
+            real, seen_real = real_of(r["target"])
             for kind, image in (("reconstruction", start.image), ("edit", edit)):
-                d = _kernel_distance(w, store, witness, image, rows, real)
+                d = distance_with_interval(
+                    seen(image), seen_real, groups[rows], groups[real], kind="kernel", seed=e.run.seed
+                )
                 realism.append(
                     {**about, "kind": kind, "kid": d.value, "low": d.low, "high": d.high, "n": d.n, "m": d.m}
                 )
@@ -296,15 +304,6 @@ def run_evidence(w: Work) -> dict[str, Any]:
     evaluations += number * len(chosen) * (e.evaluation.steps + 1) * model.render_evaluations
     followed = [{name: r[name] for name in ("source", "target", "direction", "sign", "rank")} for r in chosen]
     return {"audited": followed, "kid": realism, "unet_evaluations": evaluations}
-
-
-def _kernel_distance(
-    w: Work, store: ImageStore, witness: FrozenClassifier, x: Tensor, rows: NDArray[np.int64], real: NDArray[np.int64]
-) -> RealismDistance:
-    """Kernel distance of images x, made from the store's rows, to real images, in the witness's features."""
-    network, groups = cast(ResidualClassifier, witness.network), store.groups()
-    a, b = (embed(network, y).cpu().numpy() for y in (x, store.batch(real, w.compute.device).x))
-    return distance_with_interval(a, b, groups[rows], groups[real], kind="kernel", seed=w.experiment.run.seed)
 
 
 def _tagged(table: pa.Table, **about: Any) -> pa.Table:

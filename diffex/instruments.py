@@ -30,7 +30,8 @@ from diffex.robustness import AdversarialTask, attack_report
 from diffex.stages import Work, balanced, over_images, write_history
 
 WEIGHTS = "model.safetensors"
-ATTACKED = 64  # test images
+ATTACKED = 32  # test images
+RULER_WIDTH = 16  # channels of the first level
 
 
 def run_ruler(w: Work) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def run_ruler(w: Work) -> dict[str, Any]:
     centre, unit = values[rows].mean(axis=0), np.sqrt(np.mean(within, axis=0)).clip(1e-6)
     targets = torch.from_numpy((values - centre) / unit)
     torch.manual_seed(train.hash_seed(e.run.seed, 3))
-    network = ResidualClassifier(len(store.info.channels), len(visible))
+    network = ResidualClassifier(len(store.info.channels), len(visible), width=RULER_WIDTH)
     task = train.SupervisedTask(
         "ruler", network, store, train.regression_loss(targets), e.classifier, images=e.evaluation.ruler_images,
         compute=w.compute, seed=e.run.seed + 1,
@@ -57,7 +58,7 @@ def run_ruler(w: Work) -> dict[str, Any]:
     answers = over_images(store, network, w, valid).numpy()
     slopes = calibration(answers, targets[valid].numpy(), np.zeros(len(valid)))
     facts = {"factors": list(visible), "r2": dict(zip(visible, map(float, r2), strict=True)), "n": len(test),
-             "slope": slopes.tolist()}  # fmt: skip
+             "slope": slopes.tolist(), "width": RULER_WIDTH}  # fmt: skip
     (w.out / "ruler.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return facts
 

@@ -273,7 +273,7 @@ def _control(class_names: tuple[str, ...]) -> int:
 def load_measure(folder: Path, channels: int, device: torch.device) -> Measure:
     """The ruler, calibrated, restricted to the factors that it measures well (R2 of at least 0.5 on test cells)."""
     facts = json.loads((folder / "ruler.json").read_text(encoding="utf-8"))
-    network = ResidualClassifier(channels, len(facts["factors"]))
+    network = ResidualClassifier(channels, len(facts["factors"]), width=facts["width"])
     network.load_state_dict(load_file(folder / "model.safetensors"))
     network.to(device).eval().requires_grad_(False)
     good = [j for j, name in enumerate(facts["factors"]) if facts["r2"][name] >= 0.5]
