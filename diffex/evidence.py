@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffex import assay, disentanglement, metrics, statistics, train
+from diffex.audit import feature_names, matrix
 from diffex.classifier import FrozenClassifier
 from diffex.data import ImageStore
 from diffex.directions import DirectionSet
-from diffex.explain import Distance, choose_rows, evenly
-from diffex.instruments import FactorRegression, factor_values, feature_table, features_of, measured
+from diffex.explain import Distance, choose_rows, evenly, render_trajectory
+from diffex.instruments import FactorRegression, factor_values, feature_table, measured
 from diffex.model import Code, DiffusionAutoencoder, classifier_divergence
 from diffex.networks import ResidualClassifier
 from diffex.perceptual import embed
@@ -32,7 +33,7 @@ from diffex.ranking import rank
 from diffex.realism import distance_with_interval
 from diffex.stages import Work, balanced, training_responses
 from diffex.store import RECORD
-from diffex.trajectories import render_trajectory, trajectory_table
+from diffex.trajectories import trajectory_table
 
 TRUTH_IMAGES = 800  # enough for regressions of a dozen codes
 
@@ -84,8 +85,8 @@ def run_reconstruction(w: Work) -> dict[str, Any]:
     strangers = (torch.arange(len(x)) + 1) % len(x)
     facts["strangers"] = {name: float(distance(x, x[strangers]).mean()) for name, distance in distances.items()}
     others = balanced(store, np.setdiff1d(test, rows), e.evaluation.num_images, e.run.seed + 1)
-    facts["realism"] = _realism(w, store, {"real": x, **{k: images[k] for k in ("reconstruction", "random")}}, groups,
-                                others if len(others) > 8 else rows)  # fmt: skip
+    judged = {"real": x, "reconstruction": images["reconstruction"], "random": images["random"]}
+    facts["realism"] = _realism(w, store, witness, judged, groups, others if len(others) > 8 else rows)
     show = torch.arange(min(12, len(x)))
     shown = {"original": x, **images}
     save_file(
@@ -97,10 +98,11 @@ def run_reconstruction(w: Work) -> dict[str, Any]:
 
 
 def _realism(
-    w: Work, store: ImageStore, images: Mapping[str, Tensor], groups: NDArray, others: NDArray[np.int64]
-) -> dict[str, Any]:
+    w: Work, store: ImageStore, witness: FrozenClassifier, images: Mapping[str, Tensor], groups: NDArray,
+    others: NDArray[np.int64],
+) -> dict[str, Any]:  # fmt: skip
     """Fréchet and kernel distances of sets of images to other real test images, in the witness's features."""
-    network = cast(ResidualClassifier, w.judge("witness", store).network)
+    network = cast(ResidualClassifier, witness.network)
     real = embed(network, store.batch(others, w.compute.device).x).cpu().numpy()
     facts: dict[str, Any] = {"n": len(groups), "m": len(others)}
     for name, x in images.items():
@@ -342,17 +344,17 @@ def run_truth(w: Work) -> dict[str, Any]:
     }  # fmt: skip
     real = pq.read_table(w.inputs["real_cells"] / "features.parquet")
     cells = pq.read_table(w.inputs["evidence"] / "cells.parquet")
-    measured_rows = real["row"].to_numpy()
+    measured_rows, names = real["row"].to_numpy(), feature_names(real)
     ruler = FactorRegression.fit(
-        features_of(real)[0], values[measured_rows], store.labels[measured_rows], real["group"].to_numpy(), factors
+        matrix(real, names), values[measured_rows], store.labels[measured_rows], real["group"].to_numpy(), factors
     )
-    matrix, x = [], features_of(cells)[0]
+    shifts, x = [], matrix(cells, names)
     kind, direction = (cells[name].to_numpy(zero_copy_only=False) for name in ("kind", "direction"))
     source, target = (cells[name].to_numpy(zero_copy_only=False) for name in ("class_name", "target"))
     followed = json.loads((w.inputs["evidence"] / RECORD).read_text(encoding="utf-8"))["facts"]["audited"]
     for r in followed:
         edit = (kind == "edit") & (direction == r["direction"]) & (source == r["source"]) & (target == r["target"])
         base = (kind == "reconstruction") & (source == r["source"])
-        matrix.append((ruler(x[edit]) - ruler(x[base])).mean(axis=0).tolist())
-    facts["classical"] = {"factors": list(ruler.factors), "r2": ruler.r2, "shifts": matrix}
+        shifts.append((ruler(x[edit]) - ruler(x[base])).mean(axis=0).tolist())
+    facts["classical"] = {"factors": list(ruler.factors), "r2": ruler.r2, "shifts": shifts}
     return facts

@@ -280,17 +280,29 @@ class Explainer:
         return torch.cat([self.model.decode(part, noise) for part, noise in pairs])
 
 
+@torch.no_grad()
+def render_trajectory(
+    model: DiffusionAutoencoder, directions: DirectionSet, code: Code, direction: int, alphas: Sequence[float],
+    batch_size: int = 64,
+) -> Tensor:  # fmt: skip
+    """Images of codes shifted along one direction, (A, B, C, H, W) in [-1, 1].
+
+    Args:
+        code: of B images.
+        alphas: signed lengths in standard deviations.
+    """
+    unit = directions.unit(code.z)[direction]
+    z = torch.cat([code.z + directions.subspace.shift(a * unit) for a in alphas])
+    pairs = zip(z.split(batch_size), code.x_T.repeat(len(alphas), 1, 1, 1).split(batch_size), strict=True)
+    return torch.cat([model.decode(part, noise) for part, noise in pairs]).unflatten(0, (len(alphas), len(code.z)))
+
+
 def traversal(explainer: Explainer, x: Tensor, direction: int, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Images along a direction: (B, A, C, H, W) in [-1, 1], and the classifier's probabilities (B, A, n_classes)."""
     code = explainer.model.encode(x, explainer.classifier.probabilities(x))
-    unit = explainer.directions.unit(code.z)[direction]
-    z = torch.cat([code.z + explainer.directions.subspace.shift(a * unit) for a in alphas])
-    pairs = zip(z.split(64), code.x_T.repeat(len(alphas), 1, 1, 1).split(64), strict=True)
-    images = torch.cat([explainer.model.decode(part, noise) for part, noise in pairs])
-    probs = explainer.classifier.probabilities(images)
-    shape = (len(alphas), len(x))
-    images, probs = images.unflatten(0, shape).transpose(0, 1), probs.unflatten(0, shape).transpose(0, 1)
-    return images.cpu().contiguous(), probs.cpu().contiguous()
+    images = render_trajectory(explainer.model, explainer.directions, code, direction, alphas)
+    probs = explainer.classifier.probabilities(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    return images.transpose(0, 1).cpu().contiguous(), probs.transpose(0, 1).cpu().contiguous()
 
 
 def choose_rows(

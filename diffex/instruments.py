@@ -186,12 +186,6 @@ def feature_table(store: ImageStore, rows: NDArray[np.int64], features: dict[str
     return pa.table({**own, **known, **features})
 
 
-def features_of(table: pa.Table) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Values (N, F) and names of the features in a table of ``feature_table``."""
-    names = tuple(n for n in table.column_names if n.startswith(("Nuclei_", "Cells_", "Cytoplasm_")))
-    return np.stack([table[n].to_numpy(zero_copy_only=False) for n in names], axis=1).astype(np.float64), names
-
-
 @dataclass(frozen=True)
 class FactorRegression:
     """Factors of the simulated assay read from classical features, as a second ruler beside the network.

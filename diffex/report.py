@@ -75,6 +75,7 @@ def write_trial_figures(folder: Path, outcome: Outcome) -> list[Path]:
     written.append(save_figure(figures.ranking(first, beside), folder / "ranking.png"))
     shutil.copy(outcome["scoreboard"].path / "phenotypes.parquet", folder / "phenotypes.parquet")
     features = pq.read_table(folder / "phenotypes.parquet").to_pylist()
+    features = [{**r, "verdict": VERDICTS.get(r["verdict"], r["verdict"]).partition(":")[0]} for r in features]
     written.append(
         save_figure(figures.phenotypes(features, words=plain, show=headline_feature), folder / "phenotypes.png")
     )

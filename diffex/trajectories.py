@@ -1,7 +1,7 @@
 """What happens on the way from a cell to its counterfactual: verdicts and pictures step by step.
 
-``trajectory_table`` renders; the measures below it only read arrays (n images, A lengths, the first of them 0).  A good
-path goes evenly and straight, and the classifier's verdict rises along it without turning back.
+``trajectory_table`` judges rendered images; the measures below it only read arrays (n images, A lengths, the first of
+them 0).  A good path goes evenly and straight, and the classifier's verdict rises along it without turning back.
 """
 
 from __future__ import annotations
@@ -17,28 +17,9 @@ from torch import Tensor
 
 from diffex import metrics
 from diffex.classifier import FrozenClassifier
-from diffex.directions import DirectionSet
 from diffex.explain import Distance
-from diffex.model import Code, DiffusionAutoencoder
 
 Floats = NDArray[np.floating]
-
-
-@torch.no_grad()
-def render_trajectory(
-    model: DiffusionAutoencoder, directions: DirectionSet, code: Code, direction: int, alphas: Sequence[float],
-    batch_size: int = 64,
-) -> Tensor:  # fmt: skip
-    """Images of codes shifted along one direction, (A, B, C, H, W) in [-1, 1].
-
-    Args:
-        code: of B images.
-        alphas: signed lengths in standard deviations.
-    """
-    unit = directions.unit(code.z)[direction]
-    z = torch.cat([code.z + directions.subspace.shift(a * unit) for a in alphas])
-    pairs = zip(z.split(batch_size), code.x_T.repeat(len(alphas), 1, 1, 1).split(batch_size), strict=True)
-    return torch.cat([model.decode(part, noise) for part, noise in pairs]).unflatten(0, (len(alphas), len(code.z)))
 
 
 def trajectory_table(

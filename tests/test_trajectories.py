@@ -15,9 +15,10 @@ from diffex.classifier import FrozenClassifier
 from diffex.compute import Compute
 from diffex.config import Autoencoder, Rendering
 from diffex.directions import DirectionSet, Subspace
+from diffex.explain import render_trajectory
 from diffex.model import Code, DiffusionAutoencoder
 from diffex.networks import ResidualClassifier
-from diffex.trajectories import flip_area, render_trajectory, smallest_flip, smoothness, trajectory_table
+from diffex.trajectories import flip_area, smallest_flip, smoothness, trajectory_table
 
 NAMES = ("control", "treated")
 B, C, SIZE = 3, 2, 16
