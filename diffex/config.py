@@ -200,11 +200,20 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and how things run; the device changes no digest."""
+    """Where and how things run; only seed, precision and accumulate decide what comes out."""
 
     seed: int = setting(0, "seed of every training", low=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = setting("auto", "auto: bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+    workers: int = setting(1, "processes that train one model, and render its effects, together", low=1, high=4096)
+    min_workers: int | None = setting(None, "elastic: go on with so few while nodes are missing; null: all", low=1)
+    cpus: int | None = setting(None, "CPUs (threads) of a worker; null: its share of the machine", low=1, high=1024)
+    gpus: float | None = setting(
+        None, "GPUs of a worker; 0.25: four share one (sweeps of directions); null: 1 where there are any", low=0.0
+    )
+    accumulate: int = setting(1, "parts in which a worker takes its share of a batch, to save memory", low=1)
+    checkpoint_seconds: float = setting(20.0, "time between checkpoints of a training", low=0.0)
+    failures: int = setting(3, "times that a training is started again after a lost worker", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +278,14 @@ def _cross_check(e: Experiment) -> None:
         raise UserError(f"data.classes = {list(e.data.classes)}: name two or more different classes, or none for all")
     if len(set(e.data.channels)) != len(e.data.channels):
         raise UserError(f"data.channels = {list(e.data.channels)} names a channel twice")
+    if e.run.min_workers is not None and e.run.min_workers > e.run.workers:
+        raise UserError(f"run.min_workers = {e.run.min_workers} is more than run.workers = {e.run.workers}")
+    smallest = min(c.batch_size, a.batch_size, d.batch_size)
+    if e.run.workers * e.run.accumulate > smallest:
+        raise UserError(
+            f"run.workers = {e.run.workers} times run.accumulate = {e.run.accumulate} is more than the smallest batch "
+            f"has images ({smallest}): use fewer workers, or larger batches"
+        )
     if e.ranking.source is not None and e.ranking.source == e.ranking.target:
         raise UserError(f"ranking.source and ranking.target are both {e.ranking.source!r}")
 

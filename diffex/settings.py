@@ -25,6 +25,10 @@ S = TypeVar("S")
 """A frozen dataclass of sections."""
 
 
+HARDWARE = ("device", "workers", "min_workers", "cpus", "gpus", "checkpoint_seconds", "failures")
+"""Settings of a section ``run`` that say where things run, not what comes out: they change no digest."""
+
+
 def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
             choices: tuple[str, ...] | None = None) -> Any:  # fmt: skip
     """A dataclass field with documentation, bounds (inclusive, element by element for tuples) and allowed words."""
@@ -52,7 +56,8 @@ def digest(value: Any) -> str:
     """Sixteen hexadecimal digits of the SHA-256 of a value's canonical JSON."""
     if is_dataclass(value) and not isinstance(value, type):
         value = to_dict(value)
-        value.get("run", {}).pop("device", None)  # where it ran does not matter
+        for name in HARDWARE:
+            value.get("run", {}).pop(name, None)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
