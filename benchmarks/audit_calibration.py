@@ -33,11 +33,12 @@ from diffex.explain import choose_rows, effects_table, evenly, plan_edits
 from diffex.instruments import feature_table, measured
 from diffex.networks import ResidualClassifier
 from diffex.perceptual import critic_distance
-from diffex.pipeline import ensure, nobody, silent
+from diffex.pipeline import ensure
 from diffex.ranking import arrays, rank
-from diffex.stages import Work, balanced, load_measure
+from diffex.stages import load_measure
 from diffex.statistics import best_of_sphere_p_value, wilson_interval
 from diffex.store import Store
+from diffex.work import Work, balanced
 
 IMAGES, FOLLOWED, TOP, RANDOM = 24, 16, 3, 24
 SETTINGS = {
@@ -60,9 +61,7 @@ class Screen:
         outcome = ensure(Store(root), e, "latents")
         ruler = ensure(Store(root), e, "ruler")
         inputs = {name: entry.path for name, entry in {**outcome.entries, **ruler.entries}.items()}
-        work = Work(
-            experiment=e, inputs=inputs, out=root, compute=Compute.resolve(e.run), progress=silent, observe=nobody
-        )
+        work = Work(experiment=e, inputs=inputs, out=root, compute=Compute.resolve(e.run))
         store = work.images()
         held_out = np.concatenate([store.rows("valid"), store.rows("test")])
         rows = np.sort(evenly(held_out, store.groups(), 2 * e.evaluation.real_images, 3))

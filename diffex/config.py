@@ -110,6 +110,17 @@ class Autoencoder:
     )
     truncated_steps: int = setting(2, "DDIM steps that the truncated term differentiates through", low=1, high=20)
 
+    @property
+    def whole_images(self) -> int:
+        """Images of the whole training: full batches of them."""
+        return self.images - self.images % self.batch_size
+
+    @property
+    def warmup_images(self) -> int:
+        """Images of the warm-up, which does not depend on lambda1: trials branch from its end."""
+        warm = int(self.whole_images * self.warmup_fraction)
+        return warm - warm % self.batch_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from diffex.config import Directions
 from diffex.errors import UserError
+from diffex.team import ALONE, Team
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The space that directions live in
@@ -128,7 +129,7 @@ class DirectionModels(nn.Module):
                 h = h + self.biases[layer][:, None]
             if layer < len(self.norms):
                 # One normalisation for each direction and feature: fold K into the features.
-                h = self.norms[layer](h.transpose(0, 1).reshape(len(v), -1)).view(len(v), self.num, -1).transpose(0, 1)
+                h = self.norms[layer](h.transpose(0, 1).flatten(1)).unflatten(1, (self.num, self.dim)).transpose(0, 1)
                 h = F.relu(h)
         return h if self.anchor is None else h + self.anchor[:, None]
 
@@ -175,18 +176,20 @@ def contrastive_loss(features: Tensor, tau: float = 0.5, *, signed: bool = False
     return -(attract / repel).log().mean()
 
 
-def pairwise_overlap(x: Tensor) -> Tensor:
+def pairwise_overlap(x: Tensor, team: Team = ALONE, count: int = 0) -> Tensor:
     """Mean over images of ``sum_{k != l} cos(x_k,i, x_l,i)^2 / (K (K - 1))``, in [0, 1].
 
     Args:
         x: (K, B, e): unit shifts, or change maps (magnitudes, so that only common pixels and channels count).
+        team, count: workers, of which each holds its share of ``count`` images in x.
     """
     k = len(x)
     if k == 1:
         return x.new_zeros(())
     unit = F.normalize(x, dim=-1)
     squared = torch.einsum("kbe,lbe->bkl", unit, unit).square()
-    return (squared.sum((1, 2)) - squared.diagonal(dim1=1, dim2=2).sum(1)).mean() / (k * (k - 1))
+    of_images = squared.sum((1, 2)) - squared.diagonal(dim1=1, dim2=2).sum(1)
+    return team.gather(of_images, count).mean() / (k * (k - 1))
 
 
 def feature_covariance(features: Tensor) -> Tensor:
@@ -267,34 +270,38 @@ class Objective:
         settings: section ``directions``.
         models, projector: what is trained.
         responses: needed by features or covariance 'image' and by lambda3 > 0, else None.
+        team: workers among which a batch is shared.  The losses compare all its codes, so unit shifts and features
+            are computed by share and gathered, and each worker has the loss of the whole batch.
     """
 
     settings: Directions
     models: DirectionModels
     projector: nn.Module
     responses: Responses | None
+    team: Team = ALONE
 
     def __call__(self, v: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss for coordinates v (B, r), whose responses are at ``rows`` (B,); and its parts, detached."""
-        s = self.settings
+        s, team, count = self.settings, self.team, len(v)
+        v = team.share(v)
         u = self.models.unit(v)
         k, b, _ = u.shape
         change = None
         if self.responses is not None:
-            change = torch.einsum("bpr,kbr->kbp", self.responses.image[rows], u)
+            change = torch.einsum("bpr,kbr->kbp", self.responses.image[team.share(rows)], u)
         if s.features == "image":
             assert change is not None
             scale = self.responses.image.square().sum((1, 2)).mean().sqrt()  # type: ignore[union-attr]
-            f = self.projector(change.reshape(k * b, -1) * (10.0 / scale)).view(k, b, -1)
+            f = self.projector(change.flatten(0, 1) * (10.0 / scale)).unflatten(0, (k, b))
         else:
             with torch.no_grad():
                 still = self.projector(v)
-            f = self.projector((v + s.alpha * u).reshape(k * b, -1)).view(k, b, -1) - still
-        f = F.normalize(f, dim=-1)
+            f = self.projector((v + s.alpha * u).flatten(0, 1)).unflatten(0, (k, b)) - still
+        f, u = (team.gather(x, count, dim=1) for x in (F.normalize(f, dim=-1), u))
         contrastive = contrastive_loss(f, s.tau, signed=s.signed)
         if s.covariance == "image":
             assert change is not None
-            covariance = pairwise_overlap(change.abs())
+            covariance = pairwise_overlap(change.abs(), team, count)
         elif s.covariance == "shifts":
             covariance = pairwise_overlap(u)
         elif s.covariance == "features":

@@ -4,7 +4,6 @@ top directions, followed step by step.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ from diffex.networks import ResidualClassifier
 from diffex.perceptual import embed
 from diffex.ranking import rank
 from diffex.realism import distance_with_interval
-from diffex.stages import Work, balanced, training_responses
-from diffex.store import RECORD
+from diffex.stages import training_responses
 from diffex.trajectories import trajectory_table
+from diffex.work import Work, balanced
 
 TRUTH_IMAGES = 800  # enough for regressions of a dozen codes
 
@@ -256,7 +255,7 @@ def run_evidence(w: Work) -> dict[str, Any]:
         model=w.autoencoder(), directions=DirectionSet.load(w.inputs["directions"], w.compute.device), judges=judges,
         perceptual=w.distances(witness)["perceptual"], steps=e.evaluation.steps,
     )  # fmt: skip
-    record = json.loads((w.inputs["effects"] / RECORD).read_text(encoding="utf-8"))["facts"]
+    record = w.facts("effects")
     chosen = audited(w, pq.read_table(w.inputs["effects"] / "effects.parquet"), record["pairs"])
     probs, test = w.probabilities(), store.rows("test")
     number = min(e.evaluation.followed_images, e.ranking.num_images)
@@ -351,7 +350,7 @@ def run_truth(w: Work) -> dict[str, Any]:
     shifts, x = [], matrix(cells, names)
     kind, direction = (cells[name].to_numpy(zero_copy_only=False) for name in ("kind", "direction"))
     source, target = (cells[name].to_numpy(zero_copy_only=False) for name in ("class_name", "target"))
-    followed = json.loads((w.inputs["evidence"] / RECORD).read_text(encoding="utf-8"))["facts"]["audited"]
+    followed = w.facts("evidence")["audited"]
     for r in followed:
         edit = (kind == "edit") & (direction == r["direction"]) & (source == r["source"]) & (target == r["target"])
         base = (kind == "reconstruction") & (source == r["source"])

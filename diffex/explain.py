@@ -75,7 +75,8 @@ def effects_table(
     model: DiffusionAutoencoder, classifier: FrozenClassifier, directions: Mapping[str, DirectionSet],
     edits: Sequence[Edit], x: Tensor, rows: Tensor, *, reference: float, measure: Measure | None = None,
     judges: Mapping[str, FrozenClassifier] | None = None, distances: Mapping[str, Distance] | None = None,
-    cells: Tensor | None = None, conditioned_on: FrozenClassifier | None = None, batch_size: int = 64,
+    cells: Tensor | None = None, conditioned_on: FrozenClassifier | None = None, code: Code | None = None,
+    batch_size: int = 64,
 ) -> pa.Table:  # fmt: skip
     """Encode images once, render all edits of them, and tabulate what changed.
 
@@ -92,6 +93,7 @@ def effects_table(
         distances: name -> distance of two batches of images, from reconstruction to edit.
         cells: (B, H, W) masks of the cells, so that changes inside and outside can be told apart.
         conditioned_on: the classifier whose verdict is part of the code; None: the explained one.
+        code: of the images, where they were encoded before.
         batch_size: images rendered at a time.
 
     Returns:
@@ -103,7 +105,8 @@ def effects_table(
     """
     judges, distances = judges or {}, distances or {}
     probs = classifier.probabilities(x)
-    code = model.encode(x, conditioned_on.probabilities(x) if conditioned_on else probs)
+    if code is None:
+        code = model.encode(x, conditioned_on.probabilities(x) if conditioned_on else probs)
     reconstruction = model.decode(code.z, code.x_T)
     p_reconstruction = classifier.probabilities(reconstruction)
     factors = measure.network(reconstruction) if measure else None

@@ -27,7 +27,7 @@ from diffex.explain import evenly
 from diffex.features import measure_many
 from diffex.networks import ResidualClassifier
 from diffex.robustness import AdversarialTask, attack_report
-from diffex.stages import Work, balanced, over_images, write_history
+from diffex.work import Work, balanced, over_images, write_history
 
 WEIGHTS = "model.safetensors"
 ATTACKED = 32  # test images

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from diffex.team import ALONE, Team
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pieces
@@ -115,6 +118,74 @@ def fold(x: Tensor, patch: int, coordinates: bool) -> Tensor:
     down, across = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
     where = torch.stack([down[:, None].expand(x.shape[2:]), across[None, :].expand(x.shape[2:])])
     return torch.cat([x, where.expand(len(x), -1, -1, -1)], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batch normalisation over a team
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalisation of (B, C, ...) by the images of all workers, as if one had them all.
+
+    In evaluation mode, or alone, it is torch's own.  Statistics are float32; parameters and buffers have torch's names.
+    With gradient accumulation a batch is what the workers hold at a time, not the whole batch.
+
+    Source: Ioffe & Szegedy, ICML 2015; variances of shares are put together as in Chan et al., Am. Stat. 37 (1983).
+    """
+
+    team: Team = ALONE
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
+        if input.dim() < 2:
+            raise ValueError(f"batch normalisation of {list(input.shape)}: give (B, C, ...)")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.team.size == 1 or not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        h, axes, size = x.float(), [0, *range(2, x.dim())], self.team.size
+        n = h.numel() // h.shape[1]
+        if n:
+            var, mean = torch.var_mean(h, axes, correction=0)
+        else:  # a worker without a share takes part in the exchange all the same, on the way back too
+            var = mean = h.sum(axes)
+        facts = self.team.gather(torch.stack([torch.full_like(mean, n), mean, var])[None], size)
+        count, means, variances = facts.unbind(1)
+        total = count[:, 0].sum()
+        share = count / total
+        mean = (share * means).sum(0)
+        var = (share * (variances + (means - mean).square())).sum(0)
+        self._remember(mean.detach(), var.detach() * total / (total - 1).clamp_min(1))
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        h = (h - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            h = h * self.weight.view(shape) + self.bias.view(shape)
+        return h.to(x.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_(var.to(self.running_var), momentum)
+
+
+def join(network: nn.Module, team: Team) -> None:
+    """Make every batch normalisation inside a network, in place, one over the team; alone, nothing changes.
+
+    Parameters and buffers, and their names, stay what they are.
+    """
+    if team.size == 1:
+        return
+    for parent in list(network.modules()):
+        for name, old in list(parent.named_children()):
+            if isinstance(old, _BatchNorm):
+                new = BatchNorm(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+                new._parameters, new._buffers = old._parameters, old._buffers
+                new.training, new.team = old.training, team
+                setattr(parent, name, new)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

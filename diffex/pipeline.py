@@ -1,7 +1,8 @@
 """The stage graph, and the one way to compute anything: ``ensure(store, experiment, stage)``.
 
     data -> classifier -> warmup -> autoencoder -> latents -> responses -> directions -> effects -> evidence
-                                                -> reconstruction          -> replicas           -> truth (assay)
+                                       |                        `-> references -^  `-> replicas       `-> truth (assay)
+                                       |-> codes, reconstruction
     data -> ruler (assay), witness, robust, real_cells: the instruments;   all of it -> scoreboard -> pictures
 
 A stage's digest is made of its own settings, the digests of the stages it needs, and the code that it runs; so two
@@ -21,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffex import assay, evidence, instruments, stages
+from diffex import assay, evidence, instruments, stages, work
 from diffex.classifier import is_given
 from diffex.compute import Compute
 from diffex.config import Experiment, from_dict
@@ -45,7 +46,7 @@ class Stage:
         code: modules whose code decides its output.
     """
 
-    run: Callable[[stages.Work], dict[str, Any]]
+    run: Callable[[work.Work], dict[str, Any]]
     needs: tuple[str, ...] = ()
     uses: Callable[[Experiment], Any]
     code: tuple[str, ...]
@@ -82,7 +83,7 @@ def _uses_classifier(e: Experiment) -> Any:
     if is_given(e.classifier):
         files = [Path(p) for p in (e.classifier.path, e.classifier.weights) if p]
         return [to_dict(e.classifier), [fingerprint(p) for p in [*files, *factory_source(e.classifier.factory)]]]
-    return _seeded(e, to_dict(e.classifier))
+    return _seeded(e, to_dict(e.classifier), e.run.accumulate)
 
 
 _TRAINING = ("batch_size", "learning_rate", "weight_decay", "noise")
@@ -94,7 +95,7 @@ def _uses_instrument(*names: str) -> Callable[[Experiment], Any]:
 
 def _uses_warmup(e: Experiment) -> Any:
     """Everything but what enters after it: this is why trials of different lambda1 share one warm-up."""
-    return _seeded(e, _leave(e.autoencoder, "lambda1", "classifier_term", "truncated_steps"))
+    return _seeded(e, _leave(e.autoencoder, "lambda1", "classifier_term", "truncated_steps"), e.run.accumulate)
 
 
 def _uses_autoencoder(e: Experiment) -> Any:
@@ -102,10 +103,11 @@ def _uses_autoencoder(e: Experiment) -> Any:
     return _seeded(e, to_dict(e.autoencoder), to_dict(e.rendering) if renders else None)
 
 
-def _uses_effects(e: Experiment) -> Any:
-    asked = _pick(e.ranking, "source", "target", "num_images", "alphas")
+def _uses_references(e: Experiment) -> Any:
+    subspace = _pick(e.directions, "space", "explained_variance")
+    number = e.directions.num_directions if "principal" in e.evaluation.baselines else None
     measured = _pick(e.evaluation, "random_directions", "baselines", *_CHANNELS)
-    return _seeded(e, asked, measured, _lpips(e), to_dict(e.rendering))
+    return _seeded(e, subspace, number, measured, _lpips(e))
 
 
 def _lpips(e: Experiment) -> str | None:
@@ -132,6 +134,8 @@ _CHANNELS = ("nucleus_channel", "cell_channel")
 
 
 _NETWORK = ("networks", "diffusion", "model")
+
+_RENDERING = (*_NETWORK, "directions", "explain", "metrics", "perceptual", "cells")
 
 _MEASURING = ("cells", "features", "cellprofiler")
 
@@ -189,10 +193,21 @@ GRAPH: dict[str, Stage] = {
         run=evidence.run_replicas, needs=("data", "latents", "responses", "directions"), code=("directions", "train"),
         uses=lambda e: _seeded(e, to_dict(e.directions), e.evaluation.replicas),
     ),
+    "codes": Stage(
+        run=stages.run_codes, needs=("data", "classifier", "autoencoder"), code=(*_NETWORK, "explain"),
+        uses=lambda e: _seeded(e, _pick(e.ranking, "source", "target", "num_images"), to_dict(e.rendering)),
+    ),
+    "references": Stage(
+        run=stages.run_references, uses=_uses_references,
+        needs=("data", "classifier", "witness", "robust", "autoencoder", "latents", "codes", "ruler"),
+        code=(*_RENDERING, "baselines"),
+    ),
     "effects": Stage(
-        run=stages.run_effects, uses=_uses_effects,
-        needs=("data", "classifier", "witness", "robust", "autoencoder", "latents", "directions", "ruler"),
-        code=(*_NETWORK, "directions", "baselines", "explain", "metrics", "perceptual", "cells"),
+        run=stages.run_effects, uses=lambda e: _seeded(e, e.ranking.alphas),
+        needs=(
+            "data", "classifier", "witness", "robust", "autoencoder", "directions", "codes", "references", "ruler",
+        ),
+        code=_RENDERING,
     ),
     "evidence": Stage(
         run=evidence.run_evidence, uses=_uses_evidence,
@@ -214,7 +229,7 @@ GRAPH: dict[str, Stage] = {
         ),
         needs=(
             "data", "classifier", "ruler", "witness", "robust", "real_cells", "warmup", "autoencoder", "reconstruction",
-            "latents", "responses", "directions", "replicas", "effects", "evidence", "truth",
+            "latents", "responses", "directions", "replicas", "codes", "references", "effects", "evidence", "truth",
         ),
     ),
     "pictures": Stage(
@@ -238,7 +253,7 @@ def code_digest(module: str, function: str, modules: tuple[str, ...]) -> str:
     """
     folder = Path(__file__).parent
     trees = []
-    for name in dict.fromkeys(("stages", module, *modules)):
+    for name in dict.fromkeys(("work", "stages", module, *modules)):
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
         if name in ("stages", "instruments", "evidence"):
             other = [n for n in tree.body if _is_stage(n) and (name, getattr(n, "name", "")) != (module, function)]
@@ -331,7 +346,7 @@ def nobody(stage: str, facts: Mapping[str, Any]) -> None:
 
 def ensure(
     store: Store, e: Experiment, last: str = "pictures", *, progress: Progress = silent,
-    observe: stages.Observe = nobody,
+    observe: work.Observe = nobody, crew: work.Crew | None = None,
 ) -> Outcome:  # fmt: skip
     """Compute a stage and all it rests on, reusing what the store holds.
 
@@ -340,7 +355,8 @@ def ensure(
         e: the experiment.
         last: name of the stage.
         progress: told of every stage's progress.
-        observe: told of each stage's facts, and of effects so far.
+        observe: told of each stage's facts, of effects so far, and of training curves.
+        crew: who trains and renders; None: this process alone.
 
     Raises:
         UserError: whatever the user must mend.  Nothing half-made is left: a later call resumes.
@@ -351,12 +367,14 @@ def ensure(
     for name, address in digests.items():
         needs = tuple(n for n in GRAPH[name].needs if n not in absent(e))
 
-        def run(out: Path, name: str = name, needs: tuple[str, ...] = needs) -> dict[str, Any]:
-            inputs = {n: entries[n].path for n in needs}
-            work = stages.Work(
-                experiment=e, inputs=inputs, out=out, compute=compute, progress=progress, observe=observe
-            )
-            return GRAPH[name].run(work)
+        def run(out: Path, name: str = name, address: str = address, needs: Any = needs) -> dict[str, Any]:
+            order = work.order_of(e, store, name, address, {n: digests[n] for n in needs})
+            w = work.Work(
+                experiment=e, inputs={n: entries[n].path for n in needs}, out=out, compute=compute, progress=progress,
+                observe=observe, crew=crew or work.Alone(), stage=name, order=order,
+                saved=lambda: store.save_partial(name, address),
+            )  # fmt: skip
+            return GRAPH[name].run(w)
 
         entries[name] = store.compute(
             name,
@@ -369,6 +387,19 @@ def ensure(
         if name == "data":
             stages.class_pairs(e, tuple(entries[name].facts["class_names"]))  # complains before anything is trained
     return Outcome(entries)
+
+
+def entry_at(place: str) -> Entry:
+    """The finished entry at ``<store>/<stage>/<digest>``, as ``stages.json`` of a trial notes it.
+
+    Raises:
+        UserError: it is gone, or damaged.
+    """
+    root, stage, address = place.rsplit("/", 2)
+    entry = Store(root).get(stage, address) if "://" in root or Path(root).is_dir() else None
+    if entry is None:
+        raise UserError(f"stage {stage} of this explanation is gone from the store ({place}); run the command again")
+    return entry
 
 
 def load_explainer(folder: str | Path, *, trial: str | None = None, device: str = "auto") -> Explainer:
@@ -394,21 +425,8 @@ def load_explainer(folder: str | Path, *, trial: str | None = None, device: str 
     chosen = Path(folder) / "trials" / (trial or max(finished, key=lambda name: float(finished[name]["score"])))
     e = from_dict(json.loads((chosen / "experiment.json").read_text(encoding="utf-8")))
     e = e.with_settings({"run.device": device})
-    places = {
-        name: Path(path) for name, path in json.loads((chosen / "stages.json").read_text(encoding="utf-8")).items()
-    }
-    for name in ("data", "classifier", "autoencoder", "directions"):
-        if not places[name].is_dir():
-            raise UserError(
-                f"stage {name} of this explanation is gone from the store ({places[name]}); run the command again"
-            )
-    work = stages.Work(
-        experiment=e,
-        inputs=places,
-        out=chosen,
-        compute=Compute.resolve(e.run),
-        progress=silent,
-        observe=nobody,
-    )
-    directions = DirectionSet.load(places["directions"], work.compute.device)
-    return Explainer(work.autoencoder(), directions, work.classifier(work.images()))
+    kept = json.loads((chosen / "stages.json").read_text(encoding="utf-8"))
+    places = {name: entry_at(kept[name]).path for name in ("data", "classifier", "autoencoder", "directions")}
+    w = work.Work(experiment=e, inputs=places, out=chosen, compute=Compute.resolve(e.run))
+    directions = DirectionSet.load(places["directions"], w.compute.device)
+    return Explainer(w.autoencoder(), directions, w.classifier(w.images()))

@@ -1,15 +1,14 @@
-"""Meters: bars on a terminal, plain lines in a log, files where another process draws.
+"""Meters: bars on a terminal, plain lines in a log.
 
 Stages only know ``progress(what, done, total)``.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -44,36 +43,22 @@ class Bars:
             self.bar = None
 
 
-class FileMeter:
-    """Writes what is going on to a small file that a ``Board`` in another process reads."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.said, self.what = folder / f"{name}.json", 0.0, ""
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what == self.what and done < total and time.monotonic() - self.said < 0.5:
-            return
-        self.said, self.what = time.monotonic(), what
-        waiting = self.path.with_suffix(".tmp")
-        waiting.write_text(json.dumps({"what": what, "done": done, "total": total}), encoding="utf-8")
-        waiting.replace(self.path)
-
-    def close(self) -> None:
-        """Say that nothing goes on here any more."""
-        self.path.unlink(missing_ok=True)
-
-
 class Board:
     """Draws the meters of all workers while the driver waits: one line for all trials, one for each that runs.
 
     Use as a context; ``finished`` is called by the driver when a trial ends.
+
+    Args:
+        read: what goes on: name -> ``what``, ``done``, ``total``.
+        total, done: trials in all, and behind us.
+        unit: what is counted.
     """
 
     def __init__(
-        self, folder: Path, total: int, done: int = 0, *, unit: str = "trials", out: TextIO | None = None
-    ) -> None:
-        self.folder, self.total, self.done, self.unit = folder, total, done, unit
+        self, read: Callable[[], Mapping[str, Mapping[str, Any]]], total: int, done: int = 0, *, unit: str = "trials",
+        out: TextIO | None = None,
+    ) -> None:  # fmt: skip
+        self.read, self.total, self.done, self.unit = read, total, done, unit
         self.out = out or sys.stderr
         self.live = self.out.isatty()
         self._stop = threading.Event()
@@ -81,9 +66,6 @@ class Board:
         self._bars: dict[str, tqdm[Any]] = {}
 
     def __enter__(self) -> Board:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob("*.json"):
-            stale.unlink()
         self._thread.start()
         return self
 
@@ -101,19 +83,10 @@ class Board:
         if message:
             tqdm.write(message, file=self.out)
 
-    def _read(self) -> dict[str, dict[str, Any]]:
-        states = {}
-        for file in sorted(self.folder.glob("*.json")):
-            try:
-                states[file.stem] = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-        return states
-
     def _draw(self) -> None:
         said: dict[str, str] = {}
         while not self._stop.wait(0.5 if self.live else 10.0):
-            states = self._read()
+            states = self.read()
             if not self.live:
                 lines = {name: f"{s['what']} {100 * s['done'] // max(s['total'], 1)} %" for name, s in states.items()}
                 if lines != said:

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from diffex.compute import Compute
 from diffex.config import Classifier
-from diffex.data import ImageStore, sample_rows
+from diffex.data import Batch, ImageStore
 from diffex.errors import UserError
 from diffex.networks import ResidualClassifier
 from diffex.statistics import bootstrap_interval
-from diffex.train import SupervisedTask, cosine_rate, hash_seed, mirror
+from diffex.team import ALONE, Team
+from diffex.train import SupervisedTask, hash_seed, mirror
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -269,8 +270,8 @@ class AdversarialTask(SupervisedTask):
     overfitting": right under FGSM, wrong under PGD), which ``attack_report`` shows.
 
     Args:
-        name, network, store, loss, settings, images, compute, seed: as in ``SupervisedTask``; the attack raises the
-            very loss that training lowers, whatever it is.
+        name, network, store, loss, settings, images, compute, seed, team, accumulate: as in ``SupervisedTask``; the
+            attack raises the very loss that training lowers, whatever it is.
         epsilon: radius of the attack in the units of the images, in [-1, 1].
         share: share of each batch that is attacked, in [0, 1]; 1: all.
 
@@ -284,35 +285,33 @@ class AdversarialTask(SupervisedTask):
     def __init__(
         self, name: str, network: ResidualClassifier, store: ImageStore, loss: Callable[[Tensor, Tensor], Tensor],
         settings: Classifier, *, images: int, compute: Compute, seed: int, epsilon: float, share: float = 0.5,
+        team: Team = ALONE, accumulate: int = 1,
     ) -> None:  # fmt: skip
         _check_epsilon(epsilon)
         if not 0 <= share <= 1:
             raise UserError(f"share = {share}: the share of a batch that is attacked lies in [0, 1]")
-        super().__init__(name, network, store, loss, settings, images=images, compute=compute, seed=seed)
+        super().__init__(
+            name, network, store, loss, settings, images=images, compute=compute, seed=seed, team=team,
+            accumulate=accumulate,
+        )  # fmt: skip
         self.epsilon, self.num_attacked = epsilon, round(share * self.batch_size)
 
-    def step(self, seen: int) -> dict[str, Tensor]:
-        """The parent's step with attacked images; randomness is drawn in the parent's order, the attack's last."""
-        batch = self.store.batch(sample_rows(self.rows, self.batch_size, seen, self.seed), self.compute.device)
-        x, s = mirror(batch.x), self.settings
-        noise = s.noise * torch.randn_like(x)
-        if self.epsilon and self.num_attacked:  # batches are shuffled, so their first images are any images
-            x = torch.cat(
-                [self._attack(x[: self.num_attacked], batch.rows[: self.num_attacked]), x[self.num_attacked :]]
-            )
-        with self.compute.autocast():
-            out = self.network(x + noise)
-        loss = self.loss(out.float(), batch.rows)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in self.optimiser.param_groups:
-            group["lr"] = cosine_rate(s.learning_rate, seen, self.images, self.images // 5)
-        self.optimiser.step()
-        return {"loss": loss.detach()}
+    def _draw(self) -> list[Tensor]:
+        """The parent's random numbers, then where the attacks start, in [-1, 1]; batches are shuffled, so their first
+        images are any images."""
+        drawn = super()._draw()
+        attacked = self.num_attacked if self.epsilon else 0
+        return [*drawn, 2 * torch.rand_like(drawn[-1][:attacked]) - 1] if attacked else drawn
 
-    def _attack(self, x: Tensor, rows: Tensor) -> Tensor:
+    def _shown(self, batch: Batch, mirrors: Tensor, noise: Tensor, start: Tensor | None = None) -> Tensor:
+        x = mirror(batch.x, mirrors)
+        if start is not None and len(start):
+            x = torch.cat([self._attack(x[: len(start)], batch.rows[: len(start)], start), x[len(start) :]])
+        return x + self.settings.noise * noise
+
+    def _attack(self, x: Tensor, rows: Tensor, start: Tensor) -> Tensor:
         low, high = (x - self.epsilon).clamp_min(-1.0), (x + self.epsilon).clamp_max(1.0)
-        start = torch.clamp(x + self.epsilon * (2 * torch.rand_like(x) - 1), low, high)
+        start = torch.clamp(x + self.epsilon * start, low, high)
         with _attacking(self.network):
             start.requires_grad_()
             with self.compute.autocast():

@@ -179,8 +179,9 @@ def _check(kind: Any, value: Any, name: str, rules: Mapping[str, Any]) -> Any:
             return None
         return _check(next(a for a in args if a is not types.NoneType), value, name, rules)
     if origin is tuple:
-        if args[0] is str and isinstance(value, str):  # 'DNA,actin' for ["DNA", "actin"]
-            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, str) and (args[0] is str or "," in value):  # 'DNA,actin' for ["DNA", "actin"]
+            words = [part.strip() for part in value.split(",") if part.strip()]
+            value = words if args[0] is str else [yaml.safe_load(word) for word in words]
         if not isinstance(value, list | tuple):
             raise wrong(f"a list, e.g. --set {name}='[{'a, b' if args[0] is str else '1, 2'}]'")
         return tuple(_check(args[0], v, name, rules) for v in value)  # bounds and words hold for every element

@@ -6,10 +6,10 @@ Which stage needs which, and what decides its digest, stands in ``diffex.pipelin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,105 +17,27 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from diffex import baselines, metrics, train
 from diffex.audit import phenotype_table
-from diffex.cells import compartments
 from diffex.classifier import FrozenClassifier, classification_report, is_given, load_classifier
-from diffex.compute import Compute
 from diffex.config import Experiment
-from diffex.data import ImageStore, Progress, ingest_record
+from diffex.data import ImageStore
 from diffex.directions import DirectionSet, Responses, Subspace, measure_responses
 from diffex.errors import UserError
-from diffex.explain import Distance, Explainer, Measure, choose_rows, effects_table, plan_edits, traversal
-from diffex.model import DiffusionAutoencoder
+from diffex.explain import Edit, Explainer, Measure, choose_rows, effects_table, plan_edits, traversal
+from diffex.model import Code, DiffusionAutoencoder
 from diffex.networks import ResidualClassifier
-from diffex.perceptual import critic_distance, load_lpips
 from diffex.prepare import build_store
 from diffex.scoreboard import Tables, score
-from diffex.store import RECORD
+from diffex.team import Team
+from diffex.work import EFFECTS_SO_FAR, Work, balanced, over_images, sharded, write_history
 
 SHARD = 16  # images whose effects are rendered, and saved, together
-
-EFFECTS_SO_FAR = "effects so far"
-
-Observe = Callable[[str, Mapping[str, Any]], None]
-"""``observe(stage, facts)``: told of each stage that is there, and with EFFECTS_SO_FAR of the ``table`` rendered until
-then, so that a scheduler can stop a bad trial."""
-
-
-@dataclass(kw_only=True)
-class Work:
-    """What a stage is given: settings, the folders of the stages it needs, and where to write."""
-
-    experiment: Experiment
-    inputs: dict[str, Path]
-    out: Path
-    compute: Compute
-    progress: Progress
-    observe: Observe
-
-    def images(self) -> ImageStore:
-        return ImageStore(self.inputs["data"], origin=self.experiment.data.path)
-
-    def classifier(self, store: ImageStore) -> FrozenClassifier:
-        trained = self.inputs["classifier"] / "model.safetensors"
-        info = store.info
-        frozen = load_classifier(
-            self.experiment.classifier, info.class_names, len(info.channels), info.size,
-            trained if trained.is_file() else None,
-        )  # fmt: skip
-        return frozen.to(self.compute.device)
-
-    def autoencoder(self) -> DiffusionAutoencoder:
-        return DiffusionAutoencoder.load(self.inputs["autoencoder"], self.experiment.rendering, self.compute)
-
-    def new_autoencoder(self, store: ImageStore) -> DiffusionAutoencoder:
-        info = store.info
-        return DiffusionAutoencoder(
-            self.experiment.autoencoder, self.experiment.rendering, channels=len(info.channels), size=info.size,
-            num_classes=len(info.class_names), compute=self.compute,
-        )  # fmt: skip
-
-    def judge(self, stage: str, store: ImageStore) -> FrozenClassifier:
-        """The witness or the robust counterpart."""
-        e, info = self.experiment, store.info
-        own = stage == "robust" and not is_given(e.classifier)
-        width = e.classifier.width if own else e.evaluation.witness_width
-        network = ResidualClassifier(len(info.channels), len(info.class_names), width=width)
-        network.load_state_dict(load_file(self.inputs[stage] / "model.safetensors"))
-        return FrozenClassifier(network, info.class_names).to(self.compute.device)
-
-    def distances(self, witness: FrozenClassifier) -> dict[str, Distance]:
-        """Perceptual distances: in the witness's feature maps, and real LPIPS where its weights are given."""
-        network = cast(ResidualClassifier, witness.network)
-        found: dict[str, Distance] = {"perceptual": lambda a, b: critic_distance(network, a, b)}
-        if self.experiment.evaluation.lpips is not None:
-            found["lpips"] = load_lpips(self.experiment.evaluation.lpips)
-        return found
-
-    def black(self) -> float | None:
-        """Level outside cells: 0 in images cut out of fields, whose background is subtracted; None: unknown."""
-        path = self.experiment.data.path
-        return 0.0 if path is not None and ingest_record(Path(path)).get("crop") else None
-
-    def masks(self, x: Tensor, channels: Sequence[str]) -> Tensor:
-        """Where the cell in the middle of each image (B, C, H, W) lies, (B, H, W)."""
-        s = self.experiment.evaluation
-        named = (channels, s.nucleus_channel, s.cell_channel, self.black())
-        cells = [compartments(image, *named)[0]["Cells"] for image in ((x.cpu() + 1) / 2).numpy()]
-        return torch.from_numpy(np.stack(cells))
-
-    def probabilities(self) -> Tensor:
-        return load_file(self.inputs["classifier"] / "probabilities.safetensors")["probs"]
-
-    def codes(self) -> Tensor:
-        return load_file(self.inputs["latents"] / "latents.safetensors")["z"]
-
+ENCODED = 8192  # images whose latents are computed, and saved, together
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The stages
+# Images, and the classifier
 
 
 def run_data(w: Work) -> dict[str, Any]:
@@ -129,18 +51,23 @@ def run_data(w: Work) -> dict[str, Any]:
             "split_by": list(info.split_by), "counts": counts}  # fmt: skip
 
 
+def classifier_task(w: Work, team: Team) -> train.SupervisedTask:
+    store, e = w.images(), w.experiment
+    torch.manual_seed(train.hash_seed(e.run.seed, 1))
+    network = ResidualClassifier(len(store.info.channels), len(store.info.class_names), width=e.classifier.width)
+    return train.SupervisedTask(
+        "classifier", network, store, train.classification_loss(torch.tensor(store.labels)), e.classifier,
+        images=e.classifier.images, compute=w.compute, seed=e.run.seed, team=team, accumulate=e.run.accumulate,
+    )  # fmt: skip
+
+
 def run_classifier(w: Work) -> dict[str, Any]:
     store, e = w.images(), w.experiment
     info = store.info
     if not is_given(e.classifier):
-        torch.manual_seed(train.hash_seed(e.run.seed, 1))
-        network = ResidualClassifier(len(info.channels), len(info.class_names), width=e.classifier.width)
-        task = train.SupervisedTask(
-            "classifier", network, store, train.classification_loss(torch.tensor(store.labels)), e.classifier,
-            images=e.classifier.images, compute=w.compute, seed=e.run.seed,
-        )  # fmt: skip
-        write_history(w.out, train.fit(task, w.out, seed=e.run.seed, progress=w.progress))
-        save_file({k: v.contiguous().cpu() for k, v in network.state_dict().items()}, w.out / "model.safetensors")
+        task, history = w.fit(classifier_task)
+        write_history(w.out, history)
+        save_file({k: v.contiguous().cpu() for k, v in task.network.state_dict().items()}, w.out / "model.safetensors")
         (w.out / train.CHECKPOINT).unlink()
     trained = w.out / "model.safetensors"
     classifier = load_classifier(
@@ -154,18 +81,29 @@ def run_classifier(w: Work) -> dict[str, Any]:
     return {"report": report, "trained_here": not is_given(e.classifier)}
 
 
-def _autoencoder_task(w: Work, lambda1: float) -> train.AutoencoderTask:
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1: the autoencoder
+
+
+def _autoencoder_task(w: Work, team: Team, lambda1: float) -> train.AutoencoderTask:
     store = w.images()
     torch.manual_seed(train.hash_seed(w.experiment.run.seed, 4))
     return train.AutoencoderTask(
         w.new_autoencoder(store), w.new_autoencoder(store), store, w.probabilities(), w.classifier(store),
-        lambda1=lambda1, seed=w.experiment.run.seed,
+        lambda1=lambda1, seed=w.experiment.run.seed, team=team, accumulate=w.experiment.run.accumulate,
     )  # fmt: skip
 
 
+def warmup_task(w: Work, team: Team) -> train.AutoencoderTask:
+    return _autoencoder_task(w, team, 0.0)
+
+
+def autoencoder_task(w: Work, team: Team) -> train.AutoencoderTask:
+    return _autoencoder_task(w, team, w.experiment.autoencoder.lambda1)
+
+
 def run_warmup(w: Work) -> dict[str, Any]:
-    task = _autoencoder_task(w, 0.0)
-    history = train.fit(task, w.out, until=task.warmup_images, seed=w.experiment.run.seed, progress=w.progress)
+    task, history = w.fit(warmup_task, until=w.experiment.autoencoder.warmup_images)
     return {"images": task.warmup_images, "unet_evaluations": task.warmup_images,
             "parameters": sum(p.numel() for p in task.model.parameters()),
             "simple": history[-1]["simple"] if history else None}  # fmt: skip
@@ -173,11 +111,7 @@ def run_warmup(w: Work) -> dict[str, Any]:
 
 def run_autoencoder(w: Work) -> dict[str, Any]:
     e = w.experiment.autoencoder
-    task = _autoencoder_task(w, e.lambda1)
-    if not (w.out / train.CHECKPOINT).is_file():  # branch off the shared warm-up
-        seen, history = train.load_checkpoint(task, w.inputs["warmup"] / train.CHECKPOINT)
-        train.save_checkpoint(task, w.out / train.CHECKPOINT, seen, history)
-    history = train.fit(task, w.out, seed=w.experiment.run.seed, progress=w.progress)
+    task, history = w.fit(autoencoder_task, base="warmup")  # branch off the shared warm-up
     write_history(w.out, history)
     task.average.save(w.out)
     (w.out / train.CHECKPOINT).unlink()
@@ -186,19 +120,53 @@ def run_autoencoder(w: Work) -> dict[str, Any]:
     return {"images": branch, "unet_evaluations": branch * per_image, "losses": history[-1]}
 
 
+@dataclass
+class _Encoder:
+    store: ImageStore
+    model: DiffusionAutoencoder
+    probs: torch.Tensor
+    device: torch.device
+
+    @classmethod
+    def of(cls, w: Work) -> _Encoder:
+        return cls(w.images(), w.autoencoder(), w.probabilities().to(w.compute.device), w.compute.device)
+
+
 @torch.no_grad()
+def _encode(encoder: _Encoder, shard: NDArray[np.int64]) -> pa.Table:
+    z = torch.cat([
+        encoder.model.semantic(encoder.store.batch(rows, encoder.device).x, encoder.probs[rows]).cpu()
+        for rows in np.array_split(shard, max(1, len(shard) // 256))
+    ])  # fmt: skip
+    return pa.table({"z": _lists(z)})
+
+
+def _lists(x: torch.Tensor) -> pa.FixedSizeListArray:
+    flat = x.flatten(1).cpu().numpy()
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+
+
+def _tensor(column: pa.ChunkedArray) -> torch.Tensor:
+    column = column.combine_chunks()
+    return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy())
+
+
 def run_latents(w: Work) -> dict[str, Any]:
     store = w.images()
-    model, probs = w.autoencoder(), w.probabilities().to(w.compute.device)
-    z = torch.cat([
-        model.semantic(store.batch(rows, w.compute.device).x, probs[rows]).cpu()
-        for rows in np.array_split(np.arange(len(store)), max(1, len(store) // 256))
-    ])  # fmt: skip
+    shards = [np.arange(start, min(start + ENCODED, len(store))) for start in range(0, len(store), ENCODED)]
+    files = sharded(w, _Encoder.of, _encode, shards, what="latents")
+    z = torch.cat([_tensor(pq.read_table(file)["z"]) for file in files])
     save_file({"z": z}, w.out / "latents.safetensors")
+    for file in files:
+        file.unlink()
     variance = torch.linalg.eigvalsh(torch.cov(z[store.rows("train")].T.double())).flip(0).clamp_min(0)
     share = variance / variance.sum()
     rank = float(torch.exp(-(share[share > 0] * share[share > 0].log()).sum()))
     return {"effective_rank": rank, "explained": [round(float(v), 5) for v in share.cumsum(0)[:32]]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2: the directions
 
 
 def run_responses(w: Work) -> dict[str, Any]:
@@ -215,14 +183,19 @@ def run_responses(w: Work) -> dict[str, Any]:
     return {"rank": subspace.rank, "unet_evaluations": 2 * subspace.rank * len(rows)}
 
 
-def run_directions(w: Work) -> dict[str, Any]:
+def directions_task(w: Work, team: Team) -> train.DirectionsTask:
     store, e = w.images(), w.experiment
-    s, z = e.directions, w.codes()
-    subspace = Subspace.of(z[store.rows("train")], s.space, s.explained_variance)
+    z = w.codes()
+    subspace = Subspace.of(z[store.rows("train")], e.directions.space, e.directions.explained_variance)
     rows, responses = training_responses(w, store)
     coordinates = subspace.coordinates(z[rows]).to(w.compute.device)
-    task = train.DirectionsTask(s, coordinates, responses, seed=e.run.seed)
-    history = train.fit(task, w.out, seed=e.run.seed, progress=w.progress)
+    return train.DirectionsTask(e.directions, coordinates, responses, seed=e.run.seed, team=team)
+
+
+def run_directions(w: Work) -> dict[str, Any]:
+    store, s, z = w.images(), w.experiment.directions, w.codes()
+    subspace = Subspace.of(z[store.rows("train")], s.space, s.explained_variance)
+    task, history = w.fit(directions_task)
     write_history(w.out, history)
     (w.out / train.CHECKPOINT).unlink()
     directions = DirectionSet(task.models.cpu(), subspace)
@@ -245,6 +218,10 @@ def training_responses(w: Work, store: ImageStore) -> tuple[NDArray[np.int64], R
     saved = load_file(w.inputs["responses"] / "responses.safetensors")
     responses = Responses(saved["image"].to(w.compute.device), saved["verdict"].to(w.compute.device))
     return saved["rows"].numpy(), responses
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 3: effects, ranking, pictures
 
 
 def class_pairs(e: Experiment, class_names: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -281,91 +258,181 @@ def load_measure(folder: Path, channels: int, device: torch.device) -> Measure:
     return Measure(tuple(facts["factors"][j] for j in good), lambda x: network(x)[:, good] / slopes)
 
 
-def run_effects(w: Work) -> dict[str, Any]:
+def run_codes(w: Work) -> dict[str, Any]:
+    """Choose the images to explain, and encode them: z and x_T, which all edits of them start from."""
     store, e = w.images(), w.experiment
-    model, classifier, z_all = w.autoencoder(), w.classifier(store), w.codes()
-    device = w.compute.device
-    learned = DirectionSet.load(w.inputs["directions"])
-    subspace, training = learned.subspace, store.rows("train")
-    v, labels = subspace.coordinates(z_all[training]), torch.from_numpy(store.labels[training])
-    pairs = class_pairs(e, store.info.class_names)
-    means = baselines.class_means(v, labels, len(store.info.class_names))
-    # The reference length of a source class: the shortest of its class-mean differences.
-    length = {s: min(float((means[t] - means[s]).norm()) for a, t in pairs if a == s) for s, _ in pairs}
-    sets = {"learned": learned, "random": baselines.random(subspace, e.evaluation.random_directions, e.run.seed)}
-    makers = {
-        "class_mean": lambda: baselines.class_mean_difference(v, labels, pairs, subspace),
-        "linear": lambda: baselines.linear_classifier(v, labels, pairs, subspace),
-        "principal": lambda: baselines.principal(subspace, len(learned)),
-    }
-    sets |= {name: makers[name]() for name in e.evaluation.baselines}
-    for group in sets.values():
-        group.to(device)
-    measure = load_measure(w.inputs["ruler"], len(store.info.channels), device) if "ruler" in w.inputs else None
-    judges = {name: w.judge(name, store) for name in ("witness", "robust")}
-    distances = w.distances(judges["witness"])
+    names = store.info.class_names
+    pairs = class_pairs(e, names)
     predicted, groups = w.probabilities().argmax(dim=1).numpy(), store.groups()
-    chosen = {
-        s: choose_rows(store.labels, predicted, groups, store.rows("test"), s, e.ranking.num_images, e.run.seed)
-        for s in length
-    }
-    for s, rows in chosen.items():
+    chosen = {}
+    for s in dict.fromkeys(s for s, _ in pairs):
+        rows = choose_rows(store.labels, predicted, groups, store.rows("test"), s, e.ranking.num_images, e.run.seed)
         if len(rows) < 2:
             raise UserError(
-                f"only {len(rows)} test images of class {store.info.class_names[s]!r} are classified rightly. "
+                f"only {len(rows)} test images of class {names[s]!r} are classified rightly. "
                 "Look at the classifier's report; give it more training, or more images"
             )
+        chosen[s] = rows
     shards = [(s, rows[i : i + SHARD]) for s, rows in chosen.items() for i in range(0, len(rows), SHARD)]
     # Class by class in turn, so that a scheduler's first look sees every class.
     shards.sort(key=lambda item: np.flatnonzero(chosen[item[0]] == item[1][0])[0])
-    edits = plan_edits(
-        len(learned),
-        e.ranking.alphas,
-        e.evaluation.random_directions,
-        {n: len(sets[n]) for n in e.evaluation.baselines},
-    )
-    tables = []
-    for number, (s, rows) in enumerate(shards):
-        file = w.out / f"shard-{number:05d}.parquet"
-        if not file.is_file():
-            batch = store.batch(rows, device)
-            table = effects_table(
-                model, classifier, sets, edits, batch.x, batch.rows, reference=length[s], measure=measure,
-                judges=judges, distances=distances, cells=w.masks(batch.x, store.info.channels),
-            )  # fmt: skip
-            pq.write_table(table, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").rename(file)
-        tables.append(_join_metadata(pq.read_table(file), store, groups))
-        w.progress("effects", number + 1, len(shards))
-        w.observe(EFFECTS_SO_FAR, {"table": pa.concat_tables(tables)})
-    pq.write_table(pa.concat_tables(tables), w.out / "effects.parquet")
-    for file in w.out.glob("shard-*"):
+    files = sharded(w, _Encoder.of, _encode_both, shards, what="codes")
+    pq.write_table(pa.concat_tables([pq.read_table(file) for file in files]), w.out / "codes.parquet")
+    for file in files:
         file.unlink()
-    images = sum(map(len, chosen.values()))
-    names = store.info.class_names
+    model, images = w.autoencoder(), sum(map(len, chosen.values()))
     return {
-        "images": images, "edits": len(edits), "pairs": [[names[s], names[t]] for s, t in pairs],
-        "reference_length": {names[s]: value for s, value in length.items()},
+        "images": images, "pairs": [[names[s], names[t]] for s, t in pairs],
         "shown": {names[s]: rows[:4].tolist() for s, rows in chosen.items()},
-        "unet_evaluations": images * (model.encode_evaluations + (1 + len(edits)) * model.render_evaluations),
+        "unet_evaluations": images * model.encode_evaluations,
     }  # fmt: skip
 
 
-def _join_metadata(table: pa.Table, store: ImageStore, groups: NDArray) -> pa.Table:
-    """Add class name, statistical unit and Metadata_* of each row's image."""
-    rows = table["row"].to_numpy()
-    table = table.append_column("class_name", pa.array([store.info.class_names[k] for k in store.labels[rows]]))
-    table = table.append_column("group", pa.array(groups[rows]))
-    for name in store.metadata():
-        table = table.append_column(name, store.table[name].take(pa.array(rows)))
-    return table
+def _encode_both(encoder: _Encoder, shard: tuple[int, NDArray[np.int64]]) -> pa.Table:
+    source, rows = shard
+    code = encoder.model.encode(encoder.store.batch(rows, encoder.device).x, encoder.probs[rows])
+    return pa.table({"source": np.full(len(rows), source), "row": rows, "z": _lists(code.z), "x_T": _lists(code.x_T)})
+
+
+@dataclass
+class Renderer:
+    """All that rendering effects takes, loaded once in each process that takes part."""
+
+    work: Work
+    store: ImageStore
+    model: DiffusionAutoencoder
+    classifier: FrozenClassifier
+    judges: dict[str, FrozenClassifier]
+    measure: Measure | None
+    codes: pa.Table
+    sets: dict[str, DirectionSet]
+    edits: list[Edit]
+    length: dict[int, float]
+
+    @classmethod
+    def of(cls, w: Work, sets: dict[str, DirectionSet], edits: list[Edit], length: dict[int, float]) -> Renderer:
+        store = w.images()
+        for group in sets.values():
+            group.to(w.compute.device)
+        channels = len(store.info.channels)
+        return cls(
+            w, store, w.autoencoder(), w.classifier(store), {name: w.judge(name, store) for name in JUDGES},
+            load_measure(w.inputs["ruler"], channels, w.compute.device) if "ruler" in w.inputs else None,
+            pq.read_table(w.inputs["codes"] / "codes.parquet"), sets, edits, length,
+        )  # fmt: skip
+
+    def table(self, shard: tuple[int, int]) -> pa.Table:
+        """Effects on a slice of the chosen images, all of one class, with what is known of each image."""
+        part = self.codes.slice(*shard)
+        source, rows, device = part["source"][0].as_py(), part["row"].to_numpy().copy(), self.work.compute.device
+        batch = self.store.batch(rows, device)
+        probs = self.classifier.probabilities(batch.x)
+        x_T = _tensor(part["x_T"]).view(batch.x.shape)
+        table = effects_table(
+            self.model, self.classifier, self.sets, self.edits, batch.x, batch.rows, reference=self.length[source],
+            measure=self.measure, judges=self.judges, distances=self.work.distances(self.judges["witness"]),
+            cells=self.work.masks(batch.x, self.store.info.channels),
+            code=Code(_tensor(part["z"]).to(device), probs, x_T.to(device)),
+        )  # fmt: skip
+        table = table.append_column("class_name", pa.array([self.store.info.class_names[source]] * len(table)))
+        of_image = table["row"].to_numpy()
+        table = table.append_column("group", pa.array(self.store.groups()[of_image]))
+        for name in self.store.metadata():
+            table = table.append_column(name, self.store.table[name].take(pa.array(of_image)))
+        return table
+
+
+JUDGES = ("witness", "robust")
+
+
+def _render(renderer: Renderer, shard: tuple[int, int]) -> pa.Table:
+    return renderer.table(shard)
+
+
+def _slices(codes: Path) -> list[tuple[int, int]]:
+    """(start, length) of runs of up to SHARD images of one class."""
+    sources = pq.read_table(codes / "codes.parquet", columns=["source"])["source"].to_numpy()
+    found, start = [], 0
+    while start < len(sources):
+        same = int(np.argmax(np.append(sources[start:] != sources[start], True)))
+        found.append((start, min(same, SHARD)))
+        start += min(same, SHARD)
+    return found
+
+
+def _reference_lengths(means: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> dict[int, float]:
+    """Reference length of each source class: the shortest of its class-mean differences."""
+    return {s: min(float((means[t] - means[s]).norm()) for a, t in pairs if a == s) for s, _ in pairs}
+
+
+def _reference_renderer(w: Work) -> Renderer:
+    store, e, z = w.images(), w.experiment, w.codes()
+    training = store.rows("train")
+    subspace = Subspace.of(z[training], e.directions.space, e.directions.explained_variance)
+    v, labels = subspace.coordinates(z[training]), torch.from_numpy(store.labels[training])
+    pairs = class_pairs(e, store.info.class_names)
+    means = baselines.class_means(v, labels, len(store.info.class_names))
+    makers = {
+        "class_mean": lambda: baselines.class_mean_difference(v, labels, pairs, subspace),
+        "linear": lambda: baselines.linear_classifier(v, labels, pairs, subspace),
+        "principal": lambda: baselines.principal(subspace, e.directions.num_directions),
+    }
+    sets = {"random": baselines.random(subspace, e.evaluation.random_directions, e.run.seed)}
+    sets |= {name: makers[name]() for name in e.evaluation.baselines}
+    edits = plan_edits(0, (), len(sets["random"]), {n: len(sets[n]) for n in e.evaluation.baselines})
+    return Renderer.of(w, sets, edits, _reference_lengths(means, pairs))
+
+
+def run_references(w: Work) -> dict[str, Any]:
+    """Effects of random directions (the null) and of the baselines: the same for all direction sets of a latent."""
+    renderer = _reference_renderer(w)
+    files = sharded(w, _reference_renderer, _render, _slices(w.inputs["codes"]), what="references")
+    _join(files, w.out / "references.parquet")
+    names, images = renderer.store.info.class_names, w.facts("codes")["images"]
+    return {
+        "edits": len(renderer.edits), "reference_length": {names[s]: value for s, value in renderer.length.items()},
+        "unet_evaluations": images * (1 + len(renderer.edits)) * renderer.model.render_evaluations,
+    }  # fmt: skip
+
+
+def _learned_renderer(w: Work) -> Renderer:
+    learned = DirectionSet.load(w.inputs["directions"])
+    names = w.images().info.class_names
+    length = {names.index(name): value for name, value in w.facts("references")["reference_length"].items()}
+    edits = plan_edits(len(learned), w.experiment.ranking.alphas, 0, {})
+    return Renderer.of(w, {"learned": learned}, edits, length)
+
+
+def run_effects(w: Work) -> dict[str, Any]:
+    """The effects table: what the learned directions do to every chosen image, beside random ones and baselines."""
+    references = pq.read_table(w.inputs["references"] / "references.parquet")
+
+    def tell(files: Sequence[Path]) -> None:
+        learned = pa.concat_tables([pq.read_table(file) for file in files])
+        seen = np.isin(references["row"].to_numpy(), np.unique(learned["row"].to_numpy()))
+        w.observe(EFFECTS_SO_FAR, {"table": pa.concat_tables([learned, references.filter(pa.array(seen))])})
+
+    files = sharded(w, _learned_renderer, _render, _slices(w.inputs["codes"]), what="effects", done=tell)
+    _join(files, w.out / "effects.parquet", references)
+    model, codes, of_references = w.autoencoder(), w.facts("codes"), w.facts("references")
+    learned = len(plan_edits(len(DirectionSet.load(w.inputs["directions"])), w.experiment.ranking.alphas, 0, {}))
+    return {
+        **{name: codes[name] for name in ("images", "pairs", "shown")},
+        "edits": learned + of_references["edits"], "reference_length": of_references["reference_length"],
+        "unet_evaluations": codes["images"] * (1 + learned) * model.render_evaluations,
+    }  # fmt: skip
+
+
+def _join(files: Sequence[Path], out: Path, more: pa.Table | None = None) -> None:
+    tables = [pq.read_table(file) for file in files]
+    pq.write_table(pa.concat_tables([*tables, *([more] if more is not None else [])]), out)
+    for file in files:
+        file.unlink()
 
 
 def run_scoreboard(w: Work) -> dict[str, Any]:
     """Rank the directions and write the scoreboard's row: nothing is rendered here."""
-    facts = {
-        name: json.loads((folder / RECORD).read_text(encoding="utf-8"))["facts"] for name, folder in w.inputs.items()
-    }
+    facts = {name: w.facts(name) for name in w.inputs}
     evidence = w.inputs["evidence"]
     tables = Tables(
         effects=pq.read_table(w.inputs["effects"] / "effects.parquet"),
@@ -389,7 +456,7 @@ def run_pictures(w: Work) -> dict[str, Any]:
         w.autoencoder(), DirectionSet.load(w.inputs["directions"], w.compute.device), w.classifier(store)
     )
     ranking = pq.read_table(w.inputs["scoreboard"] / "ranking.parquet").to_pylist()
-    shown = json.loads((w.inputs["effects"] / RECORD).read_text(encoding="utf-8"))["facts"]["shown"]
+    shown = w.facts("effects")["shown"]
     alphas = [float(a) for a in range(-3, 4)]
     pictures, index = {}, []
     wanted = [r for r in ranking if r["rank"] <= e.ranking.top]
@@ -403,29 +470,3 @@ def run_pictures(w: Work) -> dict[str, Any]:
     save_file(pictures, w.out / "traversals.safetensors")
     (w.out / "traversals.json").write_text(json.dumps({"alphas": alphas, "rows": index}, indent=1), encoding="utf-8")
     return {}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Small things that several stages need
-
-
-def write_history(folder: Path, history: train.History) -> None:
-    (folder / "history.json").write_text(json.dumps(history), encoding="utf-8")
-
-
-@torch.no_grad()
-def over_images(
-    store: ImageStore, function: Callable[[Tensor], Tensor], w: Work, rows: NDArray[np.int64] | None = None
-) -> Tensor:
-    rows = np.arange(len(store)) if rows is None else rows
-    parts = np.array_split(rows, max(1, len(rows) // 256))
-    return torch.cat([function(store.batch(part, w.compute.device).x).cpu() for part in parts])
-
-
-def balanced(store: ImageStore, candidates: NDArray[np.int64], num: int, seed: int) -> NDArray[np.int64]:
-    """Up to ``num`` of the candidates, drawn at random, the classes in equal shares as far as they reach."""
-    rng = np.random.default_rng([seed, 7])
-    by_class = [rng.permutation(candidates[store.labels[candidates] == c]) for c in range(len(store.info.class_names))]
-    turn = np.concatenate([np.arange(len(rows)) for rows in by_class])
-    rows = np.concatenate(by_class)
-    return np.sort(rows[np.argsort(turn, kind="stable")][:num])

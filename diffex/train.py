@@ -1,41 +1,51 @@
 """The training loop, once, and the four trainings that use it.
 
 Progress is counted in images.  A step's randomness is a function of (seed, images seen), so "run the same command
-again" continues bit for bit where a killed run had stopped.
+again" continues bit for bit where a killed run had stopped.  Every worker of a team draws the whole batch's numbers and
+takes its share, so their number changes losses by rounding only; dropout masks alone differ.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffex.classifier import FrozenClassifier
 from diffex.compute import Compute
 from diffex.config import Autoencoder, Classifier, Directions
-from diffex.data import ImageStore, Progress, sample_rows
+from diffex.data import Batch, ImageStore, Progress, sample_rows
 from diffex.directions import DirectionModels, Objective, Responses, projector
 from diffex.errors import UserError
 from diffex.model import DiffusionAutoencoder
-from diffex.networks import ResidualClassifier
+from diffex.networks import ResidualClassifier, join
+from diffex.team import ALONE, Team
 
 CHECKPOINT = "checkpoint.safetensors"
 History = list[dict[str, float]]
 
+log = logging.getLogger(__name__)
+
 
 class TrainingError(UserError):
     """Training went wrong numerically; the message says where, and what usually helps."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is damaged, or another training's; the message says which, and why."""
 
 
 class Task(Protocol):
@@ -52,7 +62,12 @@ class Task(Protocol):
     batch_size: int
 
     def step(self, seen: int) -> dict[str, Tensor]:
-        """One optimisation step on the images that follow ``seen``; returns detached scalar losses."""
+        """One optimisation step on the images that follow ``seen``; torch's generator is seeded before, alike on all
+        workers.
+
+        Returns:
+            Detached scalar losses, whose mean over the team's workers is that over the batch.
+        """
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -62,33 +77,45 @@ class Task(Protocol):
 
 def fit(
     task: Task, folder: Path, *, start: int = 0, until: int | None = None, seed: int = 0, every: float = 20.0,
-    progress: Progress | None = None,
+    progress: Progress | None = None, team: Team = ALONE, saved: Callable[[], None] | None = None,
+    point: Callable[[str, Mapping[str, float]], None] | None = None, base: Path | None = None,
 ) -> History:  # fmt: skip
     """Train a task, from wherever a checkpoint in ``folder`` left it, to ``until`` images.
 
     Args:
-        task: what to train.
+        task: what to train; made alike on every worker of the team.
         folder: where ``checkpoint.safetensors`` is kept; a kill at any moment leaves a whole one.
         start: images already behind the task's state when there is no checkpoint yet.
         until: stop after so many images (default: all of them).
         seed: of all randomness inside the steps.
         every: seconds between checkpoints.
         progress: told the images seen.
+        team: the workers that train together.  Rank 0 alone sees ``folder`` and ``base``, and calls what is to be told.
+        saved: called after each checkpoint written.
+        point: told the task's name and each item of the history as it comes.
+        base: a checkpoint to start from when the folder holds none, or a damaged one.
 
     Returns:
-        Mean losses of about 100 stretches, each with ``images``.
+        Mean losses of about 100 stretches, each with ``images``; equal on every worker.
 
     Raises:
         TrainingError: a loss is not finite.
     """
     until = task.images if until is None else min(until, task.images)
     until -= (until - start) % task.batch_size
-    seen, history = start, History()
-    if (folder / CHECKPOINT).is_file():
-        seen, history = load_checkpoint(task, folder / CHECKPOINT)
+    seen, history = team.broadcast(
+        task.tensors().values(), _restored(task, (folder / CHECKPOINT, base), start) if team.rank == 0 else (0, [])
+    )
     stretch = max(task.batch_size, (task.images // 100) // task.batch_size * task.batch_size)
     sums: dict[str, Tensor] = {}
-    count, saved = 0, time.monotonic()
+    count, last = 0, time.monotonic()
+
+    def save() -> None:  # needs no exchange: all workers are in the same state
+        if team.rank == 0:
+            save_checkpoint(task, folder / CHECKPOINT, seen, history)
+            if saved:
+                saved()
+
     while seen < until:
         torch.manual_seed(hash_seed(seed, seen))
         losses = task.step(seen)
@@ -97,7 +124,7 @@ def fit(
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
         if seen % stretch == 0 or seen >= until:
-            means = {name: float(total) / count for name, total in sums.items()}
+            means = {name: total / count for name, total in team.means(sums).items()}
             for name, mean in means.items():
                 if not math.isfinite(mean):
                     raise TrainingError(
@@ -106,13 +133,26 @@ def fit(
                     )
             history.append({"images": seen, **means})
             sums, count = {}, 0
-            if progress:
+            if point and team.rank == 0:
+                point(task.name, history[-1])
+            if progress and team.rank == 0:
                 progress(task.name, seen, until)
-            if time.monotonic() - saved > every and seen < until:  # only between stretches: sums are empty there
-                save_checkpoint(task, folder / CHECKPOINT, seen, history)
-                saved = time.monotonic()
-    save_checkpoint(task, folder / CHECKPOINT, seen, history)
+            if time.monotonic() - last > every and seen < until:  # only between stretches: sums are empty there
+                save()
+                last = time.monotonic()
+    save()
     return history
+
+
+def _restored(task: Task, checkpoints: Sequence[Path | None], start: int) -> tuple[int, History]:
+    """Images seen and history, from the first checkpoint that is there and whole, read into the task."""
+    for path in checkpoints:
+        if path is not None and path.is_file():
+            try:
+                return load_checkpoint(task, path)
+            except CheckpointError as error:
+                log.warning("%s; training starts again from what there is without it", error)
+    return start, []
 
 
 def hash_seed(*numbers: int) -> int:
@@ -123,18 +163,45 @@ def hash_seed(*numbers: int) -> int:
 def save_checkpoint(task: Task, path: Path, seen: int, history: History) -> None:
     """Write the task's tensors, images seen and history; the old file stays whole until the new one is."""
     waiting = path.with_suffix(f".{os.getpid()}.tmp")
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in task.tensors().items()}
     metadata = {"seen": str(seen), "history": json.dumps(history)}
-    save_file({k: v.detach().contiguous().cpu() for k, v in task.tensors().items()}, waiting, metadata)
+    metadata["checksum"] = _checksum(metadata, ((name, tensors[name]) for name in sorted(tensors)))
+    save_file(tensors, waiting, metadata)
     waiting.replace(path)
 
 
 def load_checkpoint(task: Task, path: Path) -> tuple[int, History]:
-    """Read a checkpoint into the task; returns images seen and history."""
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for name, tensor in task.tensors().items():
-            tensor.copy_(file.get_tensor(name))
-        metadata = file.metadata()
+    """Read a checkpoint into the task; returns images seen and history.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds other tensors; the task is untouched.
+    """
+    tensors = task.tensors()
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            metadata = file.metadata() or {}
+            found = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            if metadata.get("checksum") != _checksum(metadata, found):
+                raise CheckpointError(f"checkpoint {str(path)!r} is damaged: its checksum is not that of its bytes")
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if shapes != {name: list(tensor.shape) for name, tensor in tensors.items()}:
+                raise CheckpointError(f"checkpoint {str(path)!r} is of another network or optimiser")
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"checkpoint {str(path)!r} is damaged: {str(error).splitlines()[0]}") from None
     return int(metadata["seen"]), json.loads(metadata["history"])
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Iterator[tuple[str, Tensor]]) -> str:
+    """CRC-32 of a checkpoint's numbers, and of the bytes of its tensors in the order of their names."""
+    crc = zlib.crc32(f"{metadata.get('seen')} {metadata.get('history')}".encode())
+    for name, tensor in tensors:
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _named(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -153,14 +220,44 @@ def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, 
             yield f"optimiser.{i}.{name}", value
 
 
-def _descend(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None = None) -> None:
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+def _backward(
+    loss: nn.Module, take: Callable[[slice], Sequence[Any]], batch_size: int, team: Team, accumulate: int
+) -> dict[str, Tensor]:
+    """The gradient of a batch's mean loss, of which this worker works on its share, in ``accumulate`` parts.
+
+    Args:
+        loss: what ``team.wrap`` made of a function that returns a mean over the items it is given, and its parts.
+        take: the loss's arguments for some of the batch.
+
+    Returns:
+        The loss's parts; their means over the team are those over the batch.
+    """
+    sums: dict[str, Tensor] = {}
+    loss.zero_grad(set_to_none=True)
+    for part in range(accumulate):
+        weight = team.weight(batch_size, part, accumulate)
+        with team.local(loss, part < accumulate - 1):
+            value, parts = loss(*take(team.slice(batch_size, part, accumulate)))
+            (weight * value).backward()
+        for name, mean in parts.items():
+            sums[name] = sums.get(name, torch.zeros_like(mean)) + weight * mean
+    return sums
+
+
+def _descend(optimiser: torch.optim.Optimizer, rate: float, clip: float | None = None) -> None:
     for group in optimiser.param_groups:
         group["lr"] = rate
         if clip:
             nn.utils.clip_grad_norm_(group["params"], clip)
     optimiser.step()
+
+
+def _check_team(name: str, batch_size: int, team: Team, accumulate: int) -> None:
+    if team.size * accumulate > batch_size:
+        raise UserError(
+            f"{name}: {team.size} workers, each in {accumulate} parts, can't share a batch of {batch_size}: lower "
+            "run.workers or run.accumulate, or raise the batch_size"
+        )
 
 
 def cosine_rate(peak: float, seen: int, images: int, rise: int) -> float:
@@ -179,40 +276,71 @@ class SupervisedTask:
         name: for meters.
         network: what to train; moved to the device.
         store: images.
-        loss: ``loss(outputs (B, n), rows (B,) of the store) -> scalar``.
+        loss: ``loss(outputs (B, n), rows (B,) of the store) -> scalar``, a mean over the B images.
         settings: section ``classifier`` (width is not used here).
         images: images of the training.
+        team: workers that train it together; batch normalisation becomes one over all of them.
+        accumulate: parts in which a worker takes its share of a batch, each with batch statistics of its own.
+
+    Raises:
+        UserError: fewer images in a batch than workers times parts.
     """
 
     def __init__(
         self, name: str, network: ResidualClassifier, store: ImageStore, loss: Callable[[Tensor, Tensor], Tensor],
-        settings: Classifier, *, images: int, compute: Compute, seed: int,
+        settings: Classifier, *, images: int, compute: Compute, seed: int, team: Team = ALONE, accumulate: int = 1,
     ) -> None:  # fmt: skip
+        _check_team(name, settings.batch_size, team, accumulate)
         self.name, self.images, self.batch_size = name, images, settings.batch_size
         self.network, self.store, self.loss, self.settings = network.to(compute.device).train(), store, loss, settings
         self.compute, self.seed, self.rows = compute, seed, store.rows("train")
+        self.team, self.accumulate = team, accumulate
         self.optimiser = torch.optim.AdamW(
             network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
+        join(network, team)
+        self._wrapped = team.wrap(self._loss, network)
 
     def step(self, seen: int) -> dict[str, Tensor]:
-        batch = self.store.batch(sample_rows(self.rows, self.batch_size, seen, self.seed), self.compute.device)
-        x = mirror(batch.x)
-        x = x + self.settings.noise * torch.randn_like(x)
+        rows, drawn = sample_rows(self.rows, self.batch_size, seen, self.seed), self._draw()
+
+        def take(some: slice) -> tuple[Tensor, Tensor]:
+            batch = self.store.batch(rows[some], self.compute.device)
+            return self._shown(batch, *[numbers[some] for numbers in drawn]), batch.rows
+
+        parts = _backward(self._wrapped, take, self.batch_size, self.team, self.accumulate)
+        _descend(self.optimiser, cosine_rate(self.settings.learning_rate, seen, self.images, self.images // 5))
+        return parts
+
+    def _draw(self) -> list[Tensor]:
+        """Random numbers of a whole batch, by image."""
+        info, device = self.store.info, self.compute.device
+        shape = (self.batch_size, len(info.channels), info.size, info.size)
+        return [draw_mirrors(self.batch_size, device), torch.randn(shape, device=device)]
+
+    def _shown(self, batch: Batch, mirrors: Tensor, noise: Tensor) -> Tensor:
+        """What the network sees of a batch."""
+        return mirror(batch.x, mirrors) + self.settings.noise * noise
+
+    def _loss(self, x: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with self.compute.autocast():
             out = self.network(x)
-        loss = self.loss(out.float(), batch.rows)
-        _descend(self.optimiser, loss, cosine_rate(self.settings.learning_rate, seen, self.images, self.images // 5))
-        return {"loss": loss.detach()}
+        loss = self.loss(out.float(), rows)
+        return loss, {"loss": loss.detach()}
 
     def tensors(self) -> dict[str, Tensor]:
         return dict([*_named("network", self.network), *_optimiser_tensors(self.optimiser)])
 
 
-def mirror(x: Tensor) -> Tensor:
-    """Each image (B, C, H, W) mirrored left to right, and top to bottom, with probability one half each."""
-    for axis in (-1, -2):
-        chosen = torch.rand(len(x), device=x.device) < 0.5
+def draw_mirrors(count: int, device: torch.device) -> Tensor:
+    """Whether to mirror each of ``count`` images left to right, and top to bottom: (count, 2), one half each."""
+    return torch.stack([torch.rand(count, device=device) < 0.5 for _ in range(2)], dim=1)
+
+
+def mirror(x: Tensor, mirrors: Tensor | None = None) -> Tensor:
+    """Images (B, C, H, W) mirrored left to right, and top to bottom, as ``mirrors`` (B, 2) says, or at random."""
+    mirrors = draw_mirrors(len(x), x.device) if mirrors is None else mirrors
+    for axis, chosen in zip((-1, -2), mirrors.T, strict=True):
         x = torch.where(chosen[:, None, None, None], x.flip(axis), x)
     return x
 
@@ -230,47 +358,62 @@ class AutoencoderTask:
         store: images.
         probs: (N, n_classes) the classifier's verdict on every image of the store.
         classifier: frozen.
+        team, accumulate: as in ``SupervisedTask``.
+
+    Raises:
+        UserError: fewer images in a batch than workers times parts.
     """
 
     name = "autoencoder"
 
     def __init__(
         self, model: DiffusionAutoencoder, average: DiffusionAutoencoder, store: ImageStore, probs: Tensor,
-        classifier: FrozenClassifier, *, lambda1: float, seed: int,
+        classifier: FrozenClassifier, *, lambda1: float, seed: int, team: Team = ALONE, accumulate: int = 1,
     ) -> None:  # fmt: skip
         self.settings: Autoencoder = model.settings
+        _check_team(self.name, self.settings.batch_size, team, accumulate)
         self.batch_size = self.settings.batch_size
-        self.images = self.settings.images - self.settings.images % self.batch_size
+        self.images = self.settings.whole_images
         self.model, self.average, self.store, self.probs = model.train(), average.requires_grad_(False), store, probs
         self.classifier, self.lambda1, self.seed, self.rows = classifier, lambda1, seed, store.rows("train")
+        self.team, self.accumulate = team, accumulate
         average.load_state_dict(model.state_dict())
         self.optimiser = torch.optim.Adam(
             model.parameters(), self.settings.learning_rate, betas=(0.9, self.settings.beta2), fused=True
         )
+        join(model, team)
+        self._wrapped = team.wrap(self._loss, model)
 
     @property
     def warmup_images(self) -> int:
         """Images of the warm-up, which does not depend on lambda1: trials branch from its end."""
-        warm = int(self.images * self.settings.warmup_fraction)
-        return warm - warm % self.batch_size
+        return self.settings.warmup_images
 
     def step(self, seen: int) -> dict[str, Tensor]:
-        s, device = self.settings, self.model.compute.device
-        batch = self.store.batch(sample_rows(self.rows, self.batch_size, seen, self.seed), device)
-        x = mirror(batch.x) if s.flips else batch.x
+        s, device, count = self.settings, self.model.compute.device, self.batch_size
+        rows = sample_rows(self.rows, count, seen, self.seed)
+        mirrors = draw_mirrors(count, device) if s.flips else None
         # Stratified times: every batch covers the whole range, which takes variance out of the loss.
-        u = (
-            torch.arange(self.batch_size, device=device) + torch.rand(self.batch_size, device=device)
-        ) / self.batch_size
+        u = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
         t = (u * self.model.schedule.num_times).long().clamp_max(self.model.schedule.num_times - 1)
+        noise = torch.randn(count, *self.model.shape, device=device)
+        self.team.part_ways()
         lambda1 = self.lambda1 if seen >= self.warmup_images else 0.0
-        loss, parts = self.model.loss(
-            x, self.probs[batch.rows].to(device), t, torch.randn_like(x), classifier=self.classifier, lambda1=lambda1
-        )
-        rate = cosine_rate(s.learning_rate, seen, self.images, max(self.images // 16, 1))
-        _descend(self.optimiser, loss, rate, s.clip)
-        self._update_average(seen // self.batch_size)
+
+        def take(some: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+            x = self.store.batch(rows[some], device).x
+            x = x if mirrors is None else mirror(x, mirrors[some])
+            return x, self.probs[rows[some]].to(device), t[some], noise[some], lambda1
+
+        parts = _backward(self._wrapped, take, count, self.team, self.accumulate)
+        _descend(self.optimiser, cosine_rate(s.learning_rate, seen, self.images, max(self.images // 16, 1)), s.clip)
+        self._update_average(seen // count)
         return parts
+
+    def _loss(
+        self, x: Tensor, probs: Tensor, t: Tensor, noise: Tensor, lambda1: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model.loss(x, probs, t, noise, classifier=self.classifier, lambda1=lambda1)
 
     @torch.no_grad()
     def _update_average(self, steps: int) -> None:
@@ -297,12 +440,13 @@ class DirectionsTask:
     Args:
         coordinates: (N, r) of the training images, in the subspace.
         responses: of the same images where the objective needs them, else None.
+        team: workers that train them together; see ``Objective``.  A batch is never taken in parts.
     """
 
     name = "directions"
 
     def __init__(
-        self, settings: Directions, coordinates: Tensor, responses: Responses | None, *, seed: int
+        self, settings: Directions, coordinates: Tensor, responses: Responses | None, *, seed: int, team: Team = ALONE
     ) -> None:  # fmt: skip
         torch.manual_seed(hash_seed(seed, 2))
         self.settings, self.coordinates, self.seed = settings, coordinates, seed
@@ -314,14 +458,18 @@ class DirectionsTask:
         self.projector = projector(seen_by_projector, *((16, 64) if settings.features == "image" else ()))
         self.models.to(coordinates.device).train()
         self.projector.to(coordinates.device).train()
-        self.objective = Objective(settings, self.models, self.projector, responses)
+        self.objective = Objective(settings, self.models, self.projector, responses, team)
         parameters = [*self.models.parameters(), *self.projector.parameters()]
         self.optimiser = torch.optim.Adam(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+        for module in (self.models, self.projector):
+            join(module, team)
+        self._wrapped = team.wrap(self.objective, self.models, self.projector)
 
     def step(self, seen: int) -> dict[str, Tensor]:
         rows = torch.from_numpy(sample_rows(np.arange(len(self.coordinates)), self.batch_size, seen, self.seed))
-        loss, parts = self.objective(self.coordinates[rows], rows.to(self.coordinates.device))
-        _descend(self.optimiser, loss, self.settings.learning_rate)
+        batch = self.coordinates[rows], rows.to(self.coordinates.device)
+        parts = _backward(self._wrapped, lambda _: batch, self.batch_size, ALONE, 1)  # each has the whole batch's loss
+        _descend(self.optimiser, self.settings.learning_rate)
         return parts
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ python sweeps/lambda_sweep.py --data cells.parquet --trials 24      own images
 
 import sys
 
-from diffex.cli import sweep_main
-from diffex.search import Levels, Range
+from diffex.space import Levels, Range
+from diffex.sweep_cli import sweep_main
 
 SPACE = {
     # The classifier term.  A few levels, not a range: trials at the same level share one trained autoencoder.

@@ -68,9 +68,16 @@ def test_a_single_word_is_a_list_of_one() -> None:
     assert changed(data__split_by="donor").data.split_by == ("donor",)
 
 
-def test_words_with_commas_are_no_list_of_numbers() -> None:
-    with pytest.raises(UserError, match="a list"):
-        changed(autoencoder__widths="16,32")
+def test_numbers_with_commas_are_a_list_of_numbers() -> None:
+    """So that a sweep, whose choices are words and numbers, can vary a list."""
+    assert changed(autoencoder__widths="16,32").autoencoder.widths == (16, 32)
+    assert changed(ranking__alphas="0.5, 1").ranking.alphas == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("value", ["16", 16, "16,DNA", "a,b"])
+def test_what_is_no_list_of_numbers_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match="autoencoder.widths must be"):
+        changed(autoencoder__widths=value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

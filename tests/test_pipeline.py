@@ -22,8 +22,10 @@ FROM_SCOREBOARD = {"scoreboard", "pictures"}
 FROM_EVIDENCE = {"evidence", "truth", *FROM_SCOREBOARD}
 FROM_EFFECTS = {"effects", *FROM_EVIDENCE}
 FROM_DIRECTIONS = {"directions", "replicas", *FROM_EFFECTS}
-FROM_ROBUST = {"robust", *FROM_EFFECTS}
-FROM_AUTOENCODER = {"autoencoder", "reconstruction", "latents", "responses", *FROM_DIRECTIONS}
+FROM_REFERENCES = {"references", *FROM_EFFECTS}
+FROM_CODES = {"codes", *FROM_REFERENCES}
+FROM_ROBUST = {"robust", *FROM_REFERENCES}
+FROM_AUTOENCODER = {"autoencoder", "reconstruction", "latents", "responses", *FROM_CODES, *FROM_DIRECTIONS}
 FROM_WARMUP = {"warmup", *FROM_AUTOENCODER}
 FROM_CLASSIFIER = {"classifier", *FROM_WARMUP, *FROM_ROBUST}
 FROM_WITNESS = {"witness", "reconstruction", *FROM_ROBUST}
@@ -46,22 +48,22 @@ def changed(base: Experiment = TINY, **settings: object) -> set[str]:
         ("run.seed", 5, EVERYTHING - {"data"}),
         ("run.precision", "fp32", EVERYTHING - {"data"}),
         ("classifier.width", 12, FROM_CLASSIFIER),
-        ("evaluation.ruler_images", 128, {"ruler", *FROM_EFFECTS}),
+        ("evaluation.ruler_images", 128, {"ruler", *FROM_REFERENCES}),
         ("classifier.noise", 0.1, EVERYTHING - {"data", "real_cells"}),
         ("evaluation.witness_images", 128, FROM_WITNESS),
         ("evaluation.epsilon", 0.1, FROM_ROBUST),
         ("evaluation.real_images", 9, {"real_cells", "truth", *FROM_SCOREBOARD}),
-        ("evaluation.nucleus_channel", "actin", {"real_cells", *FROM_EFFECTS}),
+        ("evaluation.nucleus_channel", "actin", {"real_cells", *FROM_REFERENCES}),
         ("evaluation.cell_features", "full", {"real_cells", *FROM_EVIDENCE}),
         ("evaluation.followed_images", 4, FROM_EVIDENCE),
         ("evaluation.replicas", 2, {"replicas", *FROM_SCOREBOARD}),
-        ("evaluation.lpips", "lpips", {"reconstruction", *FROM_EFFECTS}),
+        ("evaluation.lpips", "lpips", {"reconstruction", *FROM_REFERENCES}),
         ("autoencoder.code_dim", 16, FROM_WARMUP),
         ("autoencoder.images", 1920, FROM_WARMUP),
         ("autoencoder.warmup_fraction", 0.5, FROM_WARMUP),
         ("autoencoder.lambda1", 0.5, FROM_AUTOENCODER),
         ("autoencoder.classifier_term", "truncated", FROM_AUTOENCODER),
-        ("rendering.steps", 5, {"reconstruction", *FROM_EFFECTS}),
+        ("rendering.steps", 5, {"reconstruction", *FROM_CODES}),
         ("evaluation.num_images", 12, {"reconstruction", *FROM_EVIDENCE}),
         ("directions.response_images", 32, {"responses", *FROM_DIRECTIONS}),
         ("directions.alpha", 1.0, {"responses", *FROM_DIRECTIONS}),
@@ -69,12 +71,18 @@ def changed(base: Experiment = TINY, **settings: object) -> set[str]:
         ("directions.lambda3", 0.1, FROM_DIRECTIONS),
         ("directions.num_directions", 4, FROM_DIRECTIONS),
         ("directions.tau", 1.0, FROM_DIRECTIONS),
-        ("evaluation.random_directions", 5, FROM_EFFECTS),
-        ("ranking.num_images", 8, FROM_EFFECTS),
+        ("evaluation.random_directions", 5, FROM_REFERENCES),
+        ("ranking.num_images", 8, FROM_CODES),
         ("ranking.alphas", [1.0], FROM_EFFECTS),
         ("ranking.top", 1, FROM_SCOREBOARD),
         ("ranking.confidence", 0.9, FROM_SCOREBOARD),
+        ("run.accumulate", 2, FROM_CLASSIFIER),
         ("run.device", "cpu", set()),
+        ("run.workers", 2, set()),
+        ("run.cpus", 2, set()),
+        ("run.gpus", 0.5, set()),
+        ("run.checkpoint_seconds", 5.0, set()),
+        ("run.failures", 0, set()),
     ],
 )
 def test_a_setting_changes_the_stages_that_it_decides_and_no_others(
@@ -219,4 +227,4 @@ def test_other_weights_under_the_same_name_are_another_distance(tmp_path: Path) 
     before = stage_digests(TINY.with_settings({"evaluation.lpips": str(weights)}))
     weights.write_bytes(b"two")
     after = stage_digests(TINY.with_settings({"evaluation.lpips": str(weights)}))
-    assert {n for n in before if before[n] != after[n]} == {"reconstruction", *FROM_EFFECTS}
+    assert {n for n in before if before[n] != after[n]} == {"reconstruction", *FROM_REFERENCES}

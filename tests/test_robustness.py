@@ -24,6 +24,7 @@ from diffex.networks import ResidualClassifier
 from diffex.prepare import build_store
 from diffex.robustness import AdversarialTask, attack_report, fgsm, pgd
 from diffex.statistics import bootstrap_interval
+from diffex.team import ALONE, Team
 from diffex.train import SupervisedTask, classification_loss, fit, regression_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -466,15 +467,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 
 
 def task(
-    store: ImageStore, epsilon: float | None, init: int = 0, images: int = 160, share: float = 0.5, **changes: object
-) -> SupervisedTask:
+    store: ImageStore, epsilon: float | None, init: int = 0, images: int = 160, share: float = 0.5,
+    team: Team = ALONE, **changes: object,
+) -> SupervisedTask:  # fmt: skip
     """Adversarial training, or with epsilon None the plain one."""
     torch.manual_seed(init)
     settings = replace(Classifier(width=8, batch_size=16), **changes)  # type: ignore[arg-type]
     given = ("classifier", ResidualClassifier(2, 2, width=8), store, classification_loss(torch.tensor(store.labels)))
     if epsilon is None:
         return SupervisedTask(*given, settings, images=images, compute=CPU, seed=3)
-    return AdversarialTask(*given, settings, images=images, compute=CPU, seed=3, epsilon=epsilon, share=share)
+    return AdversarialTask(
+        *given, settings, images=images, compute=CPU, seed=3, epsilon=epsilon, share=share, team=team
+    )
 
 
 def copied(task: SupervisedTask) -> dict[str, Tensor]:

@@ -205,7 +205,7 @@ def test_scores_of_a_complete_table_are_those_of_the_row(ran: Ran) -> None:
 
 EVERYTHING = [
     "data", "classifier", "ruler", "witness", "robust", "real_cells", "warmup", "autoencoder", "reconstruction",
-    "latents", "responses", "directions", "replicas", "effects", "evidence", "truth", "scoreboard",
+    "latents", "codes", "references", "responses", "directions", "replicas", "effects", "evidence", "truth", "scoreboard",
 ]  # fmt: skip
 
 
@@ -214,7 +214,9 @@ def test_the_first_run_pays_for_everything_and_tells_of_every_stage(ran: Ran) ->
     assert ran.outcome.reused == []
     stages = [stage for stage, _ in ran.told]
     assert "effects so far" in stages
-    assert [s for s in stages if s != "effects so far"] == list(ran.outcome.entries)
+    assert [s for s in stages if s not in ("effects so far", "point")] == list(ran.outcome.entries)
+    curves = [facts["point"] for stage, facts in ran.told if stage == "point" and facts["stage"] == "autoencoder"]
+    assert curves[-1]["images"] == TINY.autoencoder.images
     assert dict(ran.told)["latents"] == ran.outcome["latents"].facts
 
 
@@ -297,7 +299,7 @@ def test_a_folder_without_trials_is_named(tmp_path: Path) -> None:
 def test_an_explanation_whose_stages_are_gone_is_named(ran: Ran, tmp_path: Path) -> None:
     trial(tmp_path, "t1", ran, 0.5)
     file = tmp_path / "trials" / "t1" / "stages.json"
-    places = json.loads(file.read_text()) | {"directions": str(tmp_path / "gone")}
+    places = json.loads(file.read_text()) | {"directions": f"{ran.store.root}/directions/gone"}
     file.write_text(json.dumps(places))
     with pytest.raises(UserError, match=r"stage directions of this explanation is gone"):
         load_explainer(tmp_path)

@@ -29,13 +29,13 @@ from diffex.instruments import run_real_cells
 from diffex.measures import METRICS
 from diffex.model import Code
 from diffex.networks import ResidualClassifier
-from diffex.pipeline import nobody, silent
 from diffex.ranking import arrays
 from diffex.scoreboard import Tables, score
 from diffex.settings import flat
 from diffex.signatures import RULES, recognise
-from diffex.stages import Work, run_effects
+from diffex.stages import run_codes, run_effects, run_references
 from diffex.store import RECORD
+from diffex.work import Work
 
 NAMES = [r.name for r in RULES]
 
@@ -270,7 +270,7 @@ class Lab(Work):
 EXPERIMENT = Experiment().with_settings({
     "data.size": SIZE, "ranking.num_images": 12, "ranking.top": 3, "ranking.bootstrap": 50, "evaluation.audited": 3,
     "evaluation.followed_images": 6, "evaluation.num_images": 32, "evaluation.random_directions": 6,
-    "evaluation.real_images": 60, "evaluation.steps": 8,
+    "evaluation.real_images": 60, "evaluation.steps": 8, "directions.space": "standardised",
 })  # fmt: skip
 
 
@@ -329,7 +329,7 @@ class Screen:
     def lab(self, name: str, model: Model | None = None, border: float = 0.0) -> Lab:
         lab = Lab(
             experiment=EXPERIMENT, inputs={"data": self.folder, "real_cells": self.folder / "real"},
-            out=self.folder / name, compute=Compute(torch.device("cpu"), False), progress=silent, observe=nobody,
+            out=self.folder / name, compute=Compute(torch.device("cpu"), False),
         )  # fmt: skip
         lab.model, lab.explained = model or Model(), FrozenClassifier(Reader(border), CLASSES)
         lab.witness = self.witness
@@ -362,13 +362,15 @@ def row_of(screen: Screen, case: Case, tmp_path: Path) -> dict[str, Any]:
     store = lab.images()
     subspace = Subspace.of(lab.codes()[store.rows("train")], "standardised")
     learned = DirectionSet.fixed(case.directions / subspace.scale, subspace)
-    for name in ("directions", "effects", "reconstruction", "evidence"):
+    stages = {"codes": run_codes, "references": run_references, "effects": run_effects,
+              "reconstruction": run_reconstruction, "evidence": run_evidence}  # fmt: skip
+    for name in ("directions", *stages):
         (tmp_path / name).mkdir()
         lab.inputs[name] = tmp_path / name
     learned.save(tmp_path / "directions")
     facts: dict[str, Any] = {"data": {"channels": CHANNELS}, "latents": {"effective_rank": 6.0}}
     facts["directions"] = {"rank": subspace.rank, "consistency": [1.0] * len(learned), "largest_cosine": 0.0}
-    for name, stage in (("effects", run_effects), ("reconstruction", run_reconstruction), ("evidence", run_evidence)):
+    for name, stage in stages.items():
         lab.out = tmp_path / name
         facts[name] = stage(lab)
         (tmp_path / name / RECORD).write_text(json.dumps({"facts": facts[name]}), encoding="utf-8")

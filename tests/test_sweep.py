@@ -13,10 +13,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from optuna import Study
 
 from diffex.config import Experiment, load
 from diffex.errors import UserError
-from diffex.search import Levels, Range, Sweep, _open_study, load_rows, trial_name, write_row
+from diffex.search import Sweep, _open_study, _storage
+from diffex.space import Levels, Range
+from diffex.store import Store
+from diffex.trials import load_rows, trial_name, write_row
 
 ROOT = Path(__file__).parents[1]
 TINY = load(ROOT / "tests" / "tiny.yaml")
@@ -186,7 +190,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     done = run("--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "autoencoder.lambda1" in done.stdout
-    assert "2 warm-up(s)" in done.stdout
+    assert "2 x warmup" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -216,9 +220,12 @@ def test_a_trial_that_was_killed_while_it_was_proposed_is_not_taken_for_another(
         name="s", base=TINY, space={"autoencoder.lambda1": Levels((0.0, 3.0)), "directions.tau": Range(0.1, 1.0)}
     )
     write_row(tmp_path / "trials" / trial_name(TINY, {}), {"status": "finished", **dict.fromkeys(sweep.metrics, 0.5)})
-    study, _ = _open_study(sweep, tmp_path)
-    study.ask().suggest_categorical("autoencoder.lambda1", (0.0, 3.0))
-    study, _ = _open_study(sweep, tmp_path)
+
+    def opened() -> Study:
+        return _open_study(sweep, tmp_path, Store(tmp_path / "store"), _storage(tmp_path, None))
+
+    opened().ask().suggest_categorical("autoencoder.lambda1", (0.0, 3.0))
+    study = opened()
     assert [t.state.name for t in study.trials] == ["FAIL"]
 
 

@@ -21,9 +21,11 @@ from diffex.errors import UserError
 from diffex.model import DiffusionAutoencoder
 from diffex.networks import ResidualClassifier
 from diffex.prepare import build_store
+from diffex.team import ALONE, Team
 from diffex.train import (
     CHECKPOINT,
     AutoencoderTask,
+    CheckpointError,
     DirectionsTask,
     SupervisedTask,
     Task,
@@ -32,8 +34,10 @@ from diffex.train import (
     cosine_rate,
     fit,
     hash_seed,
+    load_checkpoint,
     mirror,
     regression_loss,
+    save_checkpoint,
 )
 
 CPU = Compute(torch.device("cpu"), False)
@@ -53,12 +57,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 # The tasks, small
 
 
-def classifier_task(store: ImageStore, init: int = 0, **changes: object) -> SupervisedTask:
+def classifier_task(
+    store: ImageStore, init: int = 0, team: Team = ALONE, accumulate: int = 1, images: int = 160, **changes: object
+) -> SupervisedTask:
     torch.manual_seed(init)
     settings = replace(Classifier(width=4, batch_size=16), **changes)  # type: ignore[arg-type]
     network = ResidualClassifier(2, 2, width=4)
     loss = classification_loss(torch.tensor(store.labels))
-    return SupervisedTask("classifier", network, store, loss, settings, images=160, compute=CPU, seed=3)
+    return SupervisedTask(
+        "classifier", network, store, loss, settings, images=images, compute=CPU, seed=3, team=team,
+        accumulate=accumulate,
+    )  # fmt: skip
 
 
 def frozen(store: ImageStore) -> FrozenClassifier:
@@ -71,6 +80,8 @@ def autoencoder_task(
     init: int = 0,
     lambda1: float = 3.0,
     classifier: FrozenClassifier | None = None,
+    team: Team = ALONE,
+    accumulate: int = 1,
     **changes: object,
 ) -> AutoencoderTask:
     settings = Autoencoder(
@@ -84,7 +95,9 @@ def autoencoder_task(
     torch.manual_seed(init)
     classifier = classifier or frozen(store)
     probs = torch.tensor(np.eye(2, dtype=np.float32)[store.labels])
-    return AutoencoderTask(fresh(), fresh(), store, probs, classifier, lambda1=lambda1, seed=3)
+    return AutoencoderTask(
+        fresh(), fresh(), store, probs, classifier, lambda1=lambda1, seed=3, team=team, accumulate=accumulate
+    )
 
 
 def codes(n: int = 64, r: int = 5) -> Tensor:
@@ -103,9 +116,9 @@ def responses(n: int = 64, r: int = 5, pixels: int = 12) -> Responses:
     return Responses(image + wobble, verdict.expand(n, -1, -1).contiguous())
 
 
-def directions_task(init: int = 0, **changes: object) -> DirectionsTask:
+def directions_task(init: int = 0, team: Team = ALONE, n: int = 64, **changes: object) -> DirectionsTask:
     settings = replace(Directions(num_directions=4, images=640, batch_size=16), **changes)  # type: ignore[arg-type]
-    task = DirectionsTask(settings, codes(), responses(), seed=3)
+    task = DirectionsTask(settings, codes(n), responses(n), seed=3, team=team)
     if init:  # weights that a checkpoint must replace
         torch.manual_seed(init)
         for parameter in [*task.models.parameters(), *task.projector.parameters()]:
@@ -216,6 +229,129 @@ class Sum:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"total": self.total}
+
+
+def test_what_is_to_be_told_is_told_after_each_stretch_and_each_checkpoint(tmp_path: Path) -> None:
+    points: list[dict[str, float]] = []
+    whole: list[bool] = []
+    history = fit(
+        Sum(images=24, batch_size=8, losses=float), tmp_path, every=0.0,
+        point=lambda name, point: points.append({"name": name, **point}),
+        saved=lambda: whole.append((tmp_path / CHECKPOINT).is_file()),
+    )  # fmt: skip
+    assert points == [{"name": "sum", **point} for point in history]
+    assert whole == [True] * 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damaged checkpoints
+
+
+class Line:
+    """A task whose state is a few numbers."""
+
+    name, images, batch_size = "line", 64, 8
+
+    def __init__(self) -> None:
+        self.state, self.count = torch.zeros(3, 2), torch.zeros((), dtype=torch.int64)
+
+    def step(self, seen: int) -> dict[str, Tensor]:
+        self.state += torch.rand(3, 2)
+        self.count += 1
+        return {"loss": self.state.mean()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"state": self.state, "count": self.count}
+
+
+def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:
+    task, again = Line(), Line()
+    history = fit(task, tmp_path, until=32)
+    assert load_checkpoint(again, tmp_path / CHECKPOINT) == (32, history)
+    assert same(again.tensors(), task.tensors())
+
+
+def test_any_flipped_bit_and_any_missing_end_of_a_checkpoint_is_found_before_the_task_is_touched(
+    tmp_path: Path,
+) -> None:
+    whole, damaged = tmp_path / CHECKPOINT, tmp_path / "damaged.safetensors"
+    fit(Line(), tmp_path, until=8)
+    data = whole.read_bytes()
+    task = Line()
+    variants = [data[:n] for n in range(0, len(data), 7)]
+    for i in range(len(data)):
+        for bit in (0, 5):
+            variants.append(data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :])
+    for variant in variants:
+        damaged.write_bytes(variant)
+        with pytest.raises(CheckpointError, match=r"^checkpoint '.*damaged.safetensors' is "):
+            load_checkpoint(task, damaged)
+        assert not task.state.any()
+        assert not task.count.any()
+
+
+def test_a_checkpoint_of_another_network_is_refused_before_the_task_is_touched(tmp_path: Path) -> None:
+    fit(Line(), tmp_path)
+    other = Line()
+    other.count = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(CheckpointError, match="is of another network or optimiser"):
+        load_checkpoint(other, tmp_path / CHECKPOINT)
+    assert not other.state.any()
+
+
+@KINDS
+def test_a_training_whose_checkpoint_is_damaged_starts_again_with_a_warning(
+    store: ImageStore, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight, first, again = (MAKERS[kind](store, 0) for _ in range(3))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = fit(straight, tmp_path / "a", seed=1)
+    fit(first, tmp_path / "b", seed=1, until=straight.images // 2)
+    data = bytearray((tmp_path / "b" / CHECKPOINT).read_bytes())
+    data[-100] ^= 16
+    (tmp_path / "b" / CHECKPOINT).write_bytes(data)
+    assert fit(again, tmp_path / "b", seed=1) == whole
+    assert same(copied(again), copied(straight))
+    assert "is damaged: its checksum is not that of its bytes; training starts again" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["none", "damaged", "later"])
+def test_a_training_branches_from_its_base_unless_it_has_a_whole_checkpoint_of_its_own(
+    tmp_path: Path, state: str
+) -> None:
+    base, own = tmp_path / "base", tmp_path / "own"
+    base.mkdir()
+    own.mkdir()
+    history = fit(Line(), base, until=32, seed=1)
+    before = (base / CHECKPOINT).read_bytes()
+    straight = fit(Line(), tmp_path, seed=1)
+    if state == "damaged":
+        (own / CHECKPOINT).write_bytes(before[:-5])
+    if state == "later":
+        history = fit(Line(), own, until=48, base=base / CHECKPOINT, seed=1)
+    task, steps = Line(), []  # type: tuple[Line, list[int]]
+    step = task.step
+    task.step = lambda seen: (steps.append(seen), step(seen))[1]  # type: ignore[method-assign,func-returns-value]
+    assert fit(task, own, base=base / CHECKPOINT, seed=1) == straight
+    assert steps[0] == history[-1]["images"]
+    assert (base / CHECKPOINT).read_bytes() == before
+
+
+def test_saving_leaves_the_old_checkpoint_whole_until_the_new_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, path = Line(), tmp_path / CHECKPOINT
+    save_checkpoint(task, path, 8, [])
+
+    def full(tensors: object, waiting: Path, metadata: object) -> None:
+        waiting.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("diffex.train.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(task, path, 16, [])
+    assert load_checkpoint(task, path) == (8, [])
 
 
 def test_every_batch_is_seen_once_in_order(tmp_path: Path) -> None:
