@@ -26,7 +26,7 @@ from diffex.ablation import (
 )
 from diffex.ablation_figures import cell_letters, cells_against
 from diffex.measures import METRICS
-from diffex.report import _embed, _template, save_figure
+from diffex.report import embed_image, page_template, save_figure
 from diffex.settings import describe
 from diffex.version import __version__
 
@@ -97,12 +97,12 @@ def _page(
     first = {r["cell"]: output / "trials" / str(r["trial"]) for r in table if r["seed"] == seed}
     shown = {cell: sorted(folder.glob("traversal-1*.png")) for cell, folder in first.items()}
     used = ("torch", "ray", "mlflow", "optuna", "numpy")
-    return _template("ablation").render(
+    return page_template("ablation").render(
         title=f"Ablation: {ablation.name.replace('_', ' ')}", version=__version__, ablation=ablation, findings=found,
-        verdict=verdict(found), explained=explained(found), rule=rule(ablation), notes=notes, figure=_embed(picture),
+        verdict=verdict(found), explained=explained(found), rule=rule(ablation), notes=notes, figure=embed_image(picture),
         summary=cells, columns=[m for m in dict.fromkeys([*ablation.measures, *ALWAYS]) if m in _columns(cells)[0]],
         meanings=METRICS, letters=cell_letters(list(ablation.cells)), seeds=sorted(whole), seed=seed,
-        pictures={cell: _embed(files[0]) for cell, files in shown.items() if files}, command=command,
+        pictures={cell: embed_image(files[0]) for cell, files in shown.items() if files}, command=command,
         versions=", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in used)]),
         experiment=describe(ablation.base),
     )  # fmt: skip

@@ -51,16 +51,17 @@ class Factor:
         return (self.base * np.exp(self.scale * np.clip(u, -4.0, 4.0))).astype(np.float32)
 
 
-_CELL = ("tubulin", "actin", "mitochondria")
+_CELL = ("tubulin", "actin", "Golgi", "mitochondria")  # the Golgi lies where the cell leaves it room
+_NUCLEUS = ("DNA", "tubulin", "mitochondria")  # in the latter two it is a hole
 FACTORS: dict[str, Factor] = {
     "nucleus_area": Factor(
-        base=0.175, scale=0.22, channels=("DNA",), rises="the nucleus grows", falls="the nucleus shrinks"
+        base=0.175, scale=0.22, channels=_NUCLEUS, rises="the nucleus grows", falls="the nucleus shrinks"
     ),
     "nucleus_count": Factor(
         base=1.0,
         scale=1.0,
         threshold=1.1,
-        channels=("DNA",),
+        channels=_NUCLEUS,
         rises="one nucleus becomes two",
         falls="two nuclei become one",
     ),

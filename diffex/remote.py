@@ -287,6 +287,7 @@ def _s3(uri: str, region: str, query: dict[str, list[str]]) -> pafs.S3FileSystem
         secret_key=unquote(parts.password) if parts.password else None,
         region=region, scheme=query.get("scheme", ["https"])[0],
         endpoint_override=query.get("endpoint_override", [None])[0], connect_timeout=5.0, request_timeout=30.0,
+        allow_delayed_open=True,  # a small object is one request, not three
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=3),
     )  # fmt: skip
 

@@ -241,14 +241,14 @@ def write_report(
     row = next(r for r in ordered if r["trial"] == best)
     folder = trials / best
     columns = [c for c in COLUMNS if c in row]
-    page = _template("report").render(
+    page = page_template("report").render(
         title=title, version=__version__, command=command, row=row, best=best, headline=headline(top),
         checks=checks(row), top=[{**r, "sign_mark": _plus(r)} for r in top], signatures=recognise(row),
         rules=RULES, verdicts=VERDICTS, tests=TESTS, seeds=seeds, seed_columns=[c for c in SEED_COLUMNS if c in row],
-        phenotypes=_embed(folder / "phenotypes.png"), ways=_embed(folder / "ways.png"),
-        traversals=[_embed(p) for p in sorted(folder.glob("traversal-*.png"), key=_number)],
-        ranking=_embed(folder / "ranking.png"), reconstruction=_embed(folder / "reconstruction.png"),
-        overview={caption: _embed(p) for caption, p in figures_of_all.items()}, rows=ordered, front=front,
+        phenotypes=embed_image(folder / "phenotypes.png"), ways=embed_image(folder / "ways.png"),
+        traversals=[embed_image(p) for p in sorted(folder.glob("traversal-*.png"), key=_number)],
+        ranking=embed_image(folder / "ranking.png"), reconstruction=embed_image(folder / "reconstruction.png"),
+        overview={caption: embed_image(p) for caption, p in figures_of_all.items()}, rows=ordered, front=front,
         units=unit_words(facts),
         settings=settings, columns=columns, metrics=METRICS, experiment=describe(experiment), facts=facts,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def write_inspection(folder: Path, store: ImageStore, found: Inspection) -> Path
     maps = figures.plate_maps(counts.wells, info.class_names)
     if maps is not None:
         drawn["maps"] = maps
-    pictures = {key: _embed(save_figure(figure, folder / f"{key}.png")) for key, figure in drawn.items()}
+    pictures = {key: embed_image(save_figure(figure, folder / f"{key}.png")) for key, figure in drawn.items()}
     rows = [
         {
             "name": name,
@@ -297,7 +297,7 @@ def write_inspection(folder: Path, store: ImageStore, found: Inspection) -> Path
                 for c, name in enumerate(info.class_names)
                 for p, plate in enumerate(counts.plates or ("",))
             )
-    page = _template("inspection").render(
+    page = page_template("inspection").render(
         title=f"Image store {store.path.name}", version=__version__, info=info, units=unit, parts=PARTS,
         unit=unit_noun(info.split_by, 1), findings=found.findings, counts=rows, pictures=pictures,
         shown=len(found.sheet),
@@ -307,7 +307,7 @@ def write_inspection(folder: Path, store: ImageStore, found: Inspection) -> Path
     return path
 
 
-def _template(name: str) -> jinja2.Template:
+def page_template(name: str) -> jinja2.Template:
     """A page's template; all extend ``page.html.j2``."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda file: (resources.files("diffex") / file).read_text(encoding="utf-8")),
@@ -320,5 +320,5 @@ def _number(path: Path) -> list[int]:
     return [int(n) for n in path.stem.removeprefix("traversal-").split("-")]
 
 
-def _embed(path: Path) -> str:
+def embed_image(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -362,10 +362,10 @@ class TrialRun:
         words = {**record["tags"], **{k: v for k, v in record["row"].items() if isinstance(v, str)}}
         tags = [RunTag(safe_name(f"diffex.{key}"), value[:5000]) for key, value in words.items()]
         if record["note"]:
-            tags.append(RunTag("mlflow.note.content", record["note"]))
-        together = itertools.zip_longest(parts(metrics, BATCH - SMALL_BATCH), parts(tags, SMALL_BATCH), fillvalue=[])
-        for numbered, tagged in together:
-            client.log_batch(run_id, metrics=numbered, tags=tagged)
+            tags.append(RunTag("mlflow.note.content", record["note"][:5000]))
+        numbered, tagged = parts(metrics, BATCH - SMALL_BATCH), parts(tags, SMALL_BATCH)
+        for some, words_too in itertools.zip_longest(numbered, tagged):  # together they fit one request
+            client.log_batch(run_id, metrics=some or [], tags=words_too or [])
         for file in record["files"]:
             if Path(file).is_file():  # one that was deleted since must not keep the row from being logged
                 client.log_artifact(run_id, file)

@@ -384,6 +384,7 @@ def test_a_collection_never_takes_what_is_locked(aged: Store) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
         collect(aged, older_than=0, max_bytes=0, recent=0, dry_run=False)
         assert left(aged) == {"old", "middle", "begun"}
+        assert collect(aged, older_than=0, max_bytes=0, recent=0).taken == []
         assert not any(aged.remove(info) for info in aged.entries())
     collect(aged, older_than=0, recent=0, dry_run=False)
     assert left(aged) == set()

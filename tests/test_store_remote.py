@@ -267,6 +267,26 @@ def test_two_attempts_that_both_finish_never_mix(distant: Place, monkeypatch: py
     assert tree(paths["slow"]) == tree(paths["third"]) == {**CONTENT, "result.txt": b"slow", "only-slow": b""}
 
 
+def test_an_attempt_that_is_killed_before_its_record_harms_no_finished_one(
+    distant: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Remote, "claimed", lambda self, folder, note, **given: warnings.catch_warnings())
+
+    def killed(self: Remote, path: str, content: bytes) -> None:
+        raise UserError("killed")
+
+    def while_another_finishes(out: Path) -> dict[str, Any]:
+        distant.machine("fast").compute("stage", "abc", writer(text=b"fast"))
+        monkeypatch.setattr(Remote, "write", killed)
+        return writer(text=b"slow")(out)
+
+    with pytest.raises(UserError, match="killed"):
+        distant.machine("slow").compute("stage", "abc", while_another_finishes)
+    assert sum(n.endswith("result.txt") for n in distant.objects.files()) == 2
+    third = distant.machine("third").compute("stage", "abc", forbidden)
+    assert tree(third.path) == {**CONTENT, "result.txt": b"fast"}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Work in progress
 
