@@ -99,7 +99,8 @@ def _page(
     used = ("torch", "ray", "mlflow", "optuna", "numpy")
     return page_template("ablation").render(
         title=f"Ablation: {ablation.name.replace('_', ' ')}", version=__version__, ablation=ablation, findings=found,
-        verdict=verdict(found), explained=explained(found), rule=rule(ablation), notes=notes, figure=embed_image(picture),
+        verdict=verdict(found), explained=explained(found), rule=rule(ablation), notes=notes,
+        figure=embed_image(picture),
         summary=cells, columns=[m for m in dict.fromkeys([*ablation.measures, *ALWAYS]) if m in _columns(cells)[0]],
         meanings=METRICS, letters=cell_letters(list(ablation.cells)), seeds=sorted(whole), seed=seed,
         pictures={cell: embed_image(files[0]) for cell, files in shown.items() if files}, command=command,

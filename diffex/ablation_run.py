@@ -25,7 +25,7 @@ from diffex.search import SHARED, Sweep, run_sweep
 from diffex.settings import flat
 from diffex.space import Levels
 from diffex.sweep_cli import add_search_options
-from diffex.tracking import Target, close_sweep, open_sweep
+from diffex.tracking import Target, close_sweep, how_to_look, open_sweep
 from diffex.trials import load_rows
 from diffex.version import __version__
 
@@ -121,7 +121,7 @@ def _main(build: Callable[[Experiment], Ablation], options: argparse.Namespace) 
 
     output, store, uri = places(options, f"{ablation.name}-{ablation.digest[:8]}")
     claim_output(output, {"digest": ablation.digest, "settings": flat(ablation.base), "kind": "ablation"})
-    print(f"results: {output}    MLflow: mlflow ui --backend-store-uri {uri}", flush=True)
+    print(f"results: {output}    MLflow: {how_to_look(uri)}", flush=True)
     cells = {f"cell.{k}": " ".join(f"{s}={v}" for s, v in c.settings.items()) for k, c in ablation.cells.items()}
     about = {"question": ablation.question, "hypothesis": ablation.hypothesis, "primary": ablation.primary}
     target = open_sweep(
@@ -147,7 +147,7 @@ def _main(build: Callable[[Experiment], Ablation], options: argparse.Namespace) 
     metrics = {**parent_metrics(ablation, table), "seeds": float(options.seeds)}
     close_sweep(target, metrics=metrics, folder=output, files=files, status="FAILED" if failed else "FINISHED")
     print_ablation(ablation, table)
-    print(f"\nreport: {files[-1]}    MLflow: mlflow ui --backend-store-uri {uri}")
+    print(f"\nreport: {files[-1]}    MLflow: {how_to_look(uri)}")
     return 1 if failed else 0
 
 

@@ -78,12 +78,12 @@ def use_threads(cpus: float) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Sharing out
 
-NIBBLE = 0.001
+NIBBLE = 0.0001
 """Of a CPU, and of a GPU: what a trial holds while its workers do the work.  (A trial that held a whole CPU could keep
-its own workers from ever starting.)  It still sees a GPU, for what it does itself."""
+its own workers from ever starting.)  It still sees a GPU, for what it does itself.  Ray counts no smaller parts."""
 
 SLACK = 0.05
-"""Of each CPU and GPU: what workers leave, so that the nibbles of all trials find room beside them."""
+"""Share of each CPU and GPU: what workers leave, so that the nibbles of all trials find room beside them."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def share_out(run: Run, offered: Resources, at_a_time: int | None = None) -> Sha
         at_a_time = max(1, places // run.workers)
     if run.workers == 1:
         return Share({"cpu": cpus, "gpu": gpus}, {}, cpus, at_a_time)
-    worker = {"CPU": cpus - SLACK, **({"GPU": gpus - SLACK if gpus == 1 else gpus} if gpus else {})}
+    worker = {name: amount * (1 - SLACK) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
     return Share({"cpu": NIBBLE, "gpu": NIBBLE if gpus else 0.0}, worker, cpus, at_a_time)
 
 

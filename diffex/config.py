@@ -220,8 +220,9 @@ class Run:
     min_workers: int | None = setting(None, "elastic: go on with so few while nodes are missing; null: all", low=1)
     cpus: int | None = setting(None, "CPUs (threads) of a worker; null: its share of the machine", low=1, high=1024)
     gpus: float | None = setting(
-        None, "GPUs of a worker; 0.25: four share one (sweeps of directions); null: 1 where there are any", low=0.0
-    )
+        None, "GPUs of a worker; 0.25: four share one (sweeps of directions); null: 1 where there are any",
+        low=0.0, high=1.0,
+    )  # fmt: skip
     accumulate: int = setting(1, "parts in which a worker takes its share of a batch, to save memory", low=1)
     checkpoint_seconds: float = setting(20.0, "time between checkpoints of a training", low=0.0)
     failures: int = setting(3, "times that a training is started again after a lost worker", low=0)

@@ -173,6 +173,18 @@ class _Session:
     storage: optuna.storages.BaseStorage
     at_a_time: int | None
 
+    @property
+    def unlogged(self) -> Path:
+        """Where that is kept which MLflow did not take."""
+        return self.output / "unlogged"
+
+    def deliver(self, say: Callable[[str], None]) -> None:
+        """Log what MLflow did not take before, and end the runs of trials that are no more."""
+        if self.target is not None:
+            for name in tracking.deliver(self.target, self.unlogged):
+                say(f"MLflow still does not take {name}: run the same command again to log it")
+            tracking.end_orphans(self.target)
+
     def slot(self, name: str) -> Slot:
         return Slot(self.sweep.digest, name)
 
@@ -211,6 +223,7 @@ def run_sweep(
             meters = Meters()
             _compute_shared(session, offered, meters, remaining, say)
             failed = _run_trials(session, offered, meters, remaining, len(finished), trials)
+    session.deliver(say)
     return SweepResult(load_rows(output), failed, time.monotonic() - began)
 
 
@@ -267,8 +280,6 @@ def _run_trials(
         _quiet()
         with contextlib.redirect_stdout(io.StringIO()):  # verbose=0 still prints a banner; our bars use stderr
             results = tuner.fit()
-    if session.target is not None:
-        tracking.end_orphans(session.target)
     return [_reason(error) for error in results.errors]
 
 
@@ -299,6 +310,10 @@ class _Tell(tune.Callback):
         if row is None and name:  # stopped by the scheduler
             row = dict(last["row"])
             write_row(self.session.output / "trials" / name, row)
+        home = self.session.output / "trials" / name
+        for record in last.get("unlogged", ()):  # MLflow did not answer; its files lie here now
+            files = [str(home / Path(file).name) for file in record["files"]]
+            tracking.keep(self.session.unlogged, {**record, "files": files})
         self.board.finished(describe_trial(row) if row else f"trial {trial.trial_id} ended without a result")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -390,7 +405,8 @@ def _trial(
     meter.raise_known_mistake()
     opened = open_store(store)
     early = _report_early(sweep, experiment, config, name) if sweep.objective == "score" else None
-    with tracking.TrialRun(target, f"trial-{name}", name, flat(experiment)) as run:
+    unlogged: list[dict[str, Any]] = []
+    with tracking.TrialRun(target, f"trial-{name}", name, flat(experiment), leave=unlogged.append) as run:
 
         def observe(stage: str, facts: Mapping[str, Any]) -> None:
             if stage == POINT:
@@ -410,7 +426,7 @@ def _trial(
         finally:
             meter.close()
     shown = {k: v for k, v in numbers(row).items() if k not in config}
-    tune.report({**shown, **sweep.goals(row), "trial": name})
+    tune.report({**shown, **sweep.goals(row), "trial": name, "unlogged": unlogged})
 
 
 def _report_early(sweep: Sweep, experiment: Experiment, config: Mapping[str, Any], name: str) -> Observe:

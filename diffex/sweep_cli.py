@@ -126,7 +126,7 @@ def _run_sweep(
 def go(sweep: Sweep, options: argparse.Namespace, trials: int, title: str) -> int:
     """Run a sweep, or show what it would do, and write its report."""
     from diffex.search import run_sweep
-    from diffex.tracking import open_sweep
+    from diffex.tracking import how_to_look, open_sweep
 
     name, base, space = sweep.name, sweep.base, sweep.space
     folder = f"{name}-{sweep.digest[:8]}"
@@ -134,7 +134,7 @@ def go(sweep: Sweep, options: argparse.Namespace, trials: int, title: str) -> in
         return _plan_sweep(sweep, trials, store_address(options, options.output or HOME))
     output, store, uri = places(options, folder)
     claim_output(output, {"digest": sweep.digest, "settings": flat(base), "kind": "sweep"})
-    print(f"results: {output}    MLflow: mlflow ui --backend-store-uri {uri}", flush=True)
+    print(f"results: {output}    MLflow: {how_to_look(uri)}", flush=True)
     shown = {**flat(base), "trials": trials, "objective": sweep.objective,
              **{f"space.{k}": str(v) for k, v in space.items()}}  # fmt: skip
     target = open_sweep(
@@ -161,9 +161,8 @@ def _plan_sweep(sweep: Sweep, trials: int, store: str) -> int:
     for setting, choice in sweep.space.items():
         print(f"#   {setting:<30} {choice}")
     shared = Counter(stage for _, stage in sweep.shared(trials))
-    print(
-        f"# before the trials, for all of them: {', '.join(f'{n} x {stage}' for stage, n in shared.items()) or 'nothing'}"
-    )
+    counted = ", ".join(f"{n} x {stage}" for stage, n in shared.items()) or "nothing"
+    print(f"# before the trials, once for all of them: {counted}")
     for line in budget_lines(sweep, trials, store):
         print(f"# {line}")
     return 0
@@ -231,7 +230,14 @@ def conclude(
         best=best["trial"], top=facts["scoreboard"]["top"], figures_of_all=pictures, command=shlex.join(words),
         facts={**facts["data"], "source": base.data.path or "the simulated assay"}, seeds=seeds,
     )  # fmt: skip
+    print_table(rows, list(space), front)
     cost = cost_of_all(output)
+    if len(rows) > 1:
+        together, alone = cost["seconds.together"], cost["seconds.alone"]
+        times = alone / max(together, 1e-9)
+        print(f"\n{len(rows)} trials took {together:,.0f} s of computing together; one by one, nothing shared, they "
+              f"would have taken {alone:,.0f} s ({times:.1f} times as much)")  # fmt: skip
+    print(f"\nreport: {report}    MLflow: {tracking.how_to_look(uri)}", flush=True)
     if target is not None:
         summary = {f"best.{name}": best[name] for name in ("score", *OBJECTIVES)}
         summary |= {"trials.finished": len(rows), "seconds": result.seconds, **cost}
@@ -239,16 +245,11 @@ def conclude(
             summary |= {f"seeds.{name}": value for name, value in seeds[0].items() if name != "seeds"}
         tables = [p for p in (output / "scoreboard.parquet", output / "seeds.parquet") if p.is_file()]
         files = [*tables, report, *sorted((output / "figures").glob("*.png"))]
-        tracking.close_sweep(
+        compared = tracking.close_sweep(
             target, metrics=summary, folder=output, files=files, status="FAILED" if result.failed else "FINISHED"
         )
-    print_table(rows, list(space), front)
-    if len(rows) > 1:
-        together, alone = cost["seconds.together"], cost["seconds.alone"]
-        times = alone / max(together, 1e-9)
-        print(f"\n{len(rows)} trials took {together:,.0f} s of computing together; one by one, nothing shared, they "
-              f"would have taken {alone:,.0f} s ({times:.1f} times as much)")  # fmt: skip
-    print(f"\nreport: {report}    MLflow: mlflow ui --backend-store-uri {uri}")
+        if compared:
+            print(f"compare the trials: {compared}")
 
 
 def _kept(output: Path, trial: str, file: str) -> Any:

@@ -92,7 +92,7 @@ def fit_here(w: Work, task: train.Task, team: Team, until: int | None, base: str
     start = None if base is None else w.inputs[base] / train.CHECKPOINT
     return train.fit(
         task, w.out, until=until, seed=run.seed, every=run.checkpoint_seconds, progress=w.progress, team=team,
-        saved=w.saved, point=lambda name, point: w.observe(POINT, {"stage": w.stage, "point": point}), base=start,
+        saved=w.saved, point=lambda name, point: w.observe(POINT, {"stage": name, "point": point}), base=start,
     )  # fmt: skip
 
 
