@@ -76,7 +76,7 @@ def test_all_trials_that_run_at_a_time_fit_with_all_their_workers(
         needs = [(share.trial["cpu"], share.trial["gpu"])] * share.at_a_time
     room = [[c, g] for c, g in offered.nodes]
     if share.worker:  # every trial's own nibble first, all on one node: the worst case
-        place = next(r for r in room if r[1] >= 1 or not share.trial["gpu"] and r[0] >= 1)
+        place = next(r for r in room if r[1] >= 1 or (not share.trial["gpu"] and r[0] >= 1))
         place[0] -= share.at_a_time * share.trial["cpu"]
         place[1] -= share.at_a_time * share.trial["gpu"]
     for need_cpu, need_gpu in needs:

@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+from heads import Head
 from ray.cluster_utils import Cluster
 from safetensors import safe_open
 
@@ -29,6 +32,7 @@ from diffex.trainer import crew_of
 TINY = load(Path(__file__).with_name("tiny.yaml"), {"run.checkpoint_seconds": 0.0, "ranking.num_images": 32})
 TWO = TINY.with_settings({"run.workers": 2})
 LONG = TINY.with_settings({"autoencoder.images": 3840, "autoencoder.warmup_fraction": 0.25})
+ROOT = Path(__file__).parents[1]
 SAME = {"ssim": 1e-3, "agreement": 1e-3, "mean_shift": 1e-2, "flip_rate": 0.05}
 """How close scores are when one and two workers train: their sums differ in the last digits, and a cell may flip."""
 
@@ -274,4 +278,47 @@ def test_a_full_object_store_spills_and_nothing_is_lost(alone: tuple[Store, Outc
     assert table(outcome)[1] == pytest.approx(table(again)[1], abs=1e-3)
 
 
-os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")
+SWEEP = [
+    sys.executable, str(ROOT / "sweeps" / "direction_sweep.py"), "--recipe", str(ROOT / "tests" / "tiny.yaml"),
+    "--sampler", "grid", "--vary", "directions.lambda2=[0.5, 1.0, 2.0, 4.0]", "--vary", "directions.tau=[0.5]",
+    "--vary", "directions.alpha=[2.0]", "--vary", "directions.num_directions=[3]", "--vary", "directions.depth=[2]",
+    "--vary", "directions.kind=[anchored]", "--output", "out",
+]  # fmt: skip
+
+
+def test_a_lost_head_is_restarted_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    def start(head: Head) -> subprocess.Popen[bytes]:
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        environ |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "disabled"}
+        return subprocess.Popen(SWEEP, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    first = Head("disabled", num_cpus=2)
+    try:
+        first.wait()
+        driver = start(first)
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("out/trials/*/row.json")):
+            assert driver.poll() is None, "the sweep ended before its head could be lost"
+            assert time.monotonic() < deadline, "no trial finished in time"
+            time.sleep(0.05)
+        first.kill()
+        kept = {f: f.stat().st_mtime for f in tmp_path.glob("out/trials/*/row.json")}
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its cluster is gone: it ends, or is ended
+            driver.wait(5)
+        driver.kill()
+        driver.wait()
+    finally:
+        first.end()
+    second = Head("disabled", num_cpus=2)
+    try:
+        second.wait()
+        driver = start(second)
+        said = driver.communicate(timeout=300)[0].decode()
+    finally:
+        second.end()
+    assert driver.returncode == 0, said
+    assert f"{len(kept)} of 4 trials were finished before" in said
+    assert {f: f.stat().st_mtime for f in kept} == kept
+    assert len(list(tmp_path.glob("out/trials/*/row.json"))) == 4
+    entries = [p for p in (tmp_path / "out" / "store" / "autoencoder").iterdir() if p.is_dir()]
+    assert len(entries) == 1

@@ -205,7 +205,8 @@ def test_scores_of_a_complete_table_are_those_of_the_row(ran: Ran) -> None:
 
 EVERYTHING = [
     "data", "classifier", "ruler", "witness", "robust", "real_cells", "warmup", "autoencoder", "reconstruction",
-    "latents", "codes", "references", "responses", "directions", "replicas", "effects", "evidence", "truth", "scoreboard",
+    "latents", "codes", "references", "responses", "directions", "replicas", "effects", "evidence", "truth",
+    "scoreboard",
 ]  # fmt: skip
 
 
