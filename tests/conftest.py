@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no telemetry, no colours."""
+"""What all tests share: one thread, no telemetry, no colours, and how they are dealt out to two processes."""
 
 import os
 from pathlib import Path
@@ -16,6 +16,15 @@ from diffex.simulate import write_screen
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
+
+
+STARTS_RAY = {"test_ablation", "test_nodes", "test_submit", "test_sweep"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the tests: a file stays together, and all that starts Ray runs one after the other."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in STARTS_RAY else item.path.stem))
 
 
 @pytest.fixture(autouse=True, scope="session")
