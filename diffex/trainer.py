@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray import train as ray_train
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -92,28 +93,47 @@ class OnRay:
     def map(
         self, w: Work, prepare: Callable[[Work], Any], function: Callable[[Any, Any], Any], items: Sequence[Any]
     ) -> Iterator[tuple[int, Any]]:
-        """Actors that prepare once and then take item after item; a lost actor's item goes to its successor."""
+        """Actors that prepare once and then take item after item; what a lost one had in hand goes to its successor."""
         if not items:
             return
         actor = ray.remote(
             num_cpus=self.share.worker["CPU"], num_gpus=self.share.worker.get("GPU", 0),
-            max_restarts=self.run.failures, max_task_retries=self.run.failures,
             scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # not in the nibble that the trial itself holds
         )(_Hand)  # fmt: skip
-        hands = [actor.remote(w.order, prepare, self.share.threads) for _ in range(min(self.run.workers, len(items)))]
-        queue = iter(enumerate(items))
+        queue, losses = list(reversed(list(enumerate(items)))), 0
+        hands: list[Any] = []
         waiting: dict[Any, tuple[int, Any]] = {}
+
+        def give(hand: Any, number: int) -> None:
+            for _ in range(min(number, len(queue))):
+                at, item = queue.pop()
+                waiting[hand.do.remote(function, item)] = (at, hand)
+
+        def hire() -> None:
+            hands.append(actor.remote(w.order, prepare, self.share.threads))
+            give(hands[-1], 2)  # two items each, so that a hand never waits for its next one
+
         try:
-            for hand in hands:  # two items each, so that a hand never waits for its next one
-                for number, item in islice(queue, 2):
-                    waiting[hand.do.remote(function, item)] = (number, hand)
+            for _ in range(min(self.run.workers, len(items))):
+                hire()
             while waiting:
                 ready, _ = ray.wait(list(waiting), num_returns=1)
-                number, hand = waiting.pop(ready[0])
-                result = ray.get(ready[0])
-                for following, item in islice(queue, 1):
-                    waiting[hand.do.remote(function, item)] = (following, hand)
-                yield number, result
+                at, hand = waiting.pop(ready[0])
+                try:
+                    result = ray.get(ready[0])
+                except RayActorError:  # its node is gone, or can't be reached: rendering again harms nobody
+                    losses += 1
+                    if losses > self.run.failures:
+                        raise
+                    dropped = [at, *(n for n, h in waiting.values() if h is hand)]
+                    waiting = {ref: (n, h) for ref, (n, h) in waiting.items() if h is not hand}
+                    queue += [(n, items[n]) for n in sorted(dropped, reverse=True)]
+                    hands.remove(hand)
+                    ray.kill(hand)
+                    hire()
+                    continue
+                give(hand, 1)
+                yield at, result
         finally:
             for hand in hands:
                 ray.kill(hand)

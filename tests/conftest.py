@@ -18,13 +18,13 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 
-STARTS_RAY = {"test_ablation", "test_nodes", "test_submit", "test_sweep"}
+FILL_THE_MACHINE = {"test_ablation", "test_nodes", "test_sweep"}  # a Ray of as many workers as there are cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests: a file stays together, and all that starts Ray runs one after the other."""
+    """Two processes share the tests: a file stays together, and each Ray that takes all cores runs alone."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in STARTS_RAY else item.path.stem))
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in FILL_THE_MACHINE else item.path.stem))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,6 +9,7 @@ import yaml
 from diffex.cli import VERBS, main
 from diffex.config import from_dict, load, recipes
 from diffex.pipeline import GRAPH, stage_digests
+from diffex.store import Store
 from diffex.version import __version__
 
 Captured = pytest.CaptureFixture[str]
@@ -144,7 +145,8 @@ def test_a_dry_run_tells_what_is_there_already(capsys: Captured, tmp_path: Path)
     digests = stage_digests(load(TINY), "data")
     argv = ["data", "--recipe", TINY, "--store", str(store), "--dry-run"]
     assert "to be computed" in printed(capsys, *argv)
-    (store / "data" / digests["data"]).mkdir(parents=True)
+    assert not store.exists()
+    Store(store).compute("data", digests["data"], lambda folder: {})
     assert "is there" in printed(capsys, *argv)
 
 

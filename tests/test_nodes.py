@@ -78,11 +78,28 @@ class Nodes:
         self.cluster.shutdown()
 
 
-@pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    made = Nodes(3)
+@pytest.fixture(autouse=True, scope="module")
+def _environment() -> Iterator[None]:
+    """What Ray writes into this process's environment (its way of logging in, say) is nothing for other tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="class")
+def cluster() -> Iterator[Nodes]:
+    made = Nodes(0)
     yield made
     made.close()
+
+
+@pytest.fixture
+def nodes(cluster: Nodes) -> Nodes:
+    """Three nodes, whatever an earlier test has killed."""
+    while len(cluster.nodes) < 3:
+        cluster.nodes.append(cluster.add())
+    return cluster
 
 
 def when(condition: Callable[[], Any], then: Callable[[Any], None], told: list[Any]) -> threading.Thread:
@@ -126,84 +143,6 @@ def table(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     return found.row.to_numpy(), found["p_edit:compound"].to_numpy()
 
 
-def test_a_node_lost_in_training_costs_what_came_after_the_last_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
-    e = LONG.with_settings({"run.workers": 2})
-    store, plain = Store(tmp_path / "store"), ensure(Store(tmp_path / "plain"), LONG, "autoencoder")
-    last = e.autoencoder.whole_images
-    progress: list[int] = []
-
-    share = share_out(e.run, resources())
-    meters = Meters()
-    meter = meters.meter("trial")
-    killed: list[Any] = []
-
-    def far_enough() -> Any:
-        reached = seen(store.root / "autoencoder")
-        hosts = nodes.hosting("RayTrainWorker")
-        return (reached, hosts[-1]) if e.autoencoder.warmup_images + 640 < reached < last - 640 and hosts else None
-
-    def kill(found: Any) -> None:
-        nodes.kill(found[1])
-
-    watcher = when(far_enough, kill, killed)
-
-    def follow() -> None:
-        while watcher.is_alive() or progress[-1:] != [last]:
-            state = meters.read().get("trial", {})
-            if state.get("what") == "autoencoder" and killed and state["total"] == last:
-                progress.append(state["done"])
-            time.sleep(0.02)
-
-    threading.Thread(target=follow, daemon=True).start()
-    outcome = ensure(store, e, "autoencoder", progress=meter, crew=crew_of(e.run, share, meter))
-    assert killed, "the training was over before a node could be killed"
-    saved = killed[0][0]
-    assert min(progress[-1:] or [last]) == last
-    after = [done for before, done in itertools.pairwise(progress) if done < before]
-    assert all(done >= saved for done in after), (saved, after)
-    assert losses(outcome) == pytest.approx(losses(plain), rel=0.02)  # two workers add up in another order than one
-
-
-def test_a_node_lost_while_effects_are_rendered_costs_no_finished_shard(
-    nodes: Nodes, alone: tuple[Store, Outcome], tmp_path: Path
-) -> None:
-    store, plain = alone
-    e = TWO.with_settings({"directions.lambda2": 1.5})  # other directions: their effects are not there yet
-    expected = ensure(Store(tmp_path / "other"), e, "data")  # another store stays untouched
-    assert expected.paid == ["data"]
-    reference = ensure(store, e.with_settings({"run.workers": 1}), "directions")
-    assert reference.paid == ["directions"]
-    share = share_out(e.run, resources())
-    meter = Meters().meter("trial")
-    times: dict[str, float] = {}
-    killed: list[Any] = []
-
-    def some_shards() -> Any:
-        shards = list((store.root / "effects").glob("*.partial/shard-*.parquet"))
-        hosts = nodes.hosting("_Hand")
-        return (shards, hosts[-1]) if len(shards) >= 1 and hosts else None
-
-    def kill(found: Any) -> None:
-        times.update({file.name: file.stat().st_mtime for file in found[0]})
-        nodes.kill(found[1])
-
-    when(some_shards, kill, killed)
-    written: dict[str, float] = {}
-
-    def tell(stage: str, facts: Any) -> None:
-        for file in (store.root / "effects").glob("*.partial/shard-*.parquet"):
-            written[file.name] = file.stat().st_mtime
-
-    outcome = ensure(store, e, "effects", progress=meter, observe=tell, crew=crew_of(e.run, share, meter))
-    assert killed, "the effects were rendered before a node could be killed"
-    assert times
-    assert {name: written[name] for name in times} == times
-    rows, probabilities = table(outcome)
-    assert len(np.unique(rows)) == len(np.unique(table(plain)[0]))
-    again = ensure(Store(tmp_path / "again"), e.with_settings({"run.workers": 1}), "effects")
-    assert probabilities == pytest.approx(table(again)[1], abs=1e-3)
-
-
 SPACE = {"autoencoder.lambda1": Levels((0.0, 3.0)), "directions.lambda2": Levels((0.5, 1.0, 2.0))}
 
 
@@ -211,35 +150,114 @@ def sweep_of(e: Experiment) -> Sweep:
     return Sweep(name="nodes", base=e, space=SPACE, sampler="grid")
 
 
-def test_a_sweep_over_three_nodes_that_loses_one_ends_with_the_same_scores(
-    nodes: Nodes, alone: tuple[Store, Outcome], tmp_path: Path
-) -> None:
-    store = Store(tmp_path / "store")
-    killed: list[Any] = []
+class TestThreeNodes:
+    def test_a_node_lost_in_training_costs_what_came_after_the_last_checkpoint(
+        self, nodes: Nodes, tmp_path: Path
+    ) -> None:
+        e = LONG.with_settings({"run.workers": 2})
+        store, plain = Store(tmp_path / "store"), ensure(Store(tmp_path / "plain"), LONG, "autoencoder")
+        last = e.autoencoder.whole_images
+        progress: list[int] = []
 
-    def a_trial_ended() -> Any:
-        hosts = nodes.hosting("ImplicitFunc")
-        done = {f.parent.name: f.stat().st_mtime for f in (tmp_path / "out").glob("trials/*/row.json")}
-        return (done, hosts[-1]) if done and len(hosts) >= 2 else None
+        share = share_out(e.run, resources())
+        meters = Meters()
+        meter = meters.meter("trial")
+        killed: list[Any] = []
 
-    when(a_trial_ended, lambda found: nodes.kill(found[1]), killed)
-    (tmp_path / "out").mkdir()
-    result = run_sweep(
-        sweep_of(TINY), output=tmp_path / "out", store=store.address, trials=6, target=None, say=lambda line: None
-    )
-    assert killed
-    assert result.failed == []
-    assert len(result.rows) == 6
-    for name, written in killed[0][0].items():
-        assert (tmp_path / "out" / "trials" / name / "row.json").stat().st_mtime == written
-    (same,) = [r for r in result.rows if r["autoencoder.lambda1"] == 3.0 and r["directions.lambda2"] == 1.0]
-    row = json.loads((alone[1]["scoreboard"].path / "row.json").read_text(encoding="utf-8"))
-    for measure in SAME:
-        assert same[measure] == pytest.approx(row[measure], abs=1e-6)
-    for stage, number in (("warmup", 1), ("autoencoder", 2), ("directions", 6)):
-        assert len([p for p in (store.root / stage).iterdir() if (p / "entry.json").is_file()]) == number
-    digests = stage_digests(TINY)
-    assert store.get("autoencoder", digests["autoencoder"]) is not None
+        def far_enough() -> Any:
+            reached = seen(store.root / "autoencoder")
+            hosts = nodes.hosting("RayTrainWorker")
+            return (reached, hosts[-1]) if e.autoencoder.warmup_images + 640 < reached < last - 640 and hosts else None
+
+        def kill(found: Any) -> None:
+            nodes.kill(found[1])
+
+        watcher = when(far_enough, kill, killed)
+
+        def follow() -> None:
+            while watcher.is_alive() or progress[-1:] != [last]:
+                state = meters.read().get("trial", {})
+                if state.get("what") == "autoencoder" and killed and state["total"] == last:
+                    progress.append(state["done"])
+                time.sleep(0.02)
+
+        threading.Thread(target=follow, daemon=True).start()
+        outcome = ensure(store, e, "autoencoder", progress=meter, crew=crew_of(e.run, share, meter))
+        assert killed, "the training was over before a node could be killed"
+        saved = killed[0][0]
+        assert min(progress[-1:] or [last]) == last
+        after = [done for before, done in itertools.pairwise(progress) if done < before]
+        assert all(done >= saved for done in after), (saved, after)
+        assert losses(outcome) == pytest.approx(losses(plain), rel=0.02)  # two workers add up in another order than one
+
+    def test_a_node_lost_while_effects_are_rendered_costs_no_finished_shard(
+        self, nodes: Nodes, alone: tuple[Store, Outcome], tmp_path: Path
+    ) -> None:
+        store, plain = alone
+        e = TWO.with_settings({"directions.lambda2": 1.5})  # other directions: their effects are not there yet
+        expected = ensure(Store(tmp_path / "other"), e, "data")  # another store stays untouched
+        assert expected.paid == ["data"]
+        reference = ensure(store, e.with_settings({"run.workers": 1}), "directions")
+        assert reference.paid == ["directions"]
+        share = share_out(e.run, resources())
+        meter = Meters().meter("trial")
+        times: dict[str, float] = {}
+        killed: list[Any] = []
+
+        def some_shards() -> Any:
+            shards = list((store.root / "effects").glob("*.partial/shard-*.parquet"))
+            hosts = nodes.hosting("_Hand")
+            return (shards, hosts[-1]) if len(shards) >= 1 and hosts else None
+
+        def kill(found: Any) -> None:
+            times.update({file.name: file.stat().st_mtime for file in found[0]})
+            nodes.kill(found[1])
+
+        when(some_shards, kill, killed)
+        written: dict[str, float] = {}
+
+        def tell(stage: str, facts: Any) -> None:
+            for file in (store.root / "effects").glob("*.partial/shard-*.parquet"):
+                written[file.name] = file.stat().st_mtime
+
+        outcome = ensure(store, e, "effects", progress=meter, observe=tell, crew=crew_of(e.run, share, meter))
+        assert killed, "the effects were rendered before a node could be killed"
+        assert times
+        assert {name: written[name] for name in times} == times
+        rows, probabilities = table(outcome)
+        assert len(np.unique(rows)) == len(np.unique(table(plain)[0]))
+        again = ensure(Store(tmp_path / "again"), e.with_settings({"run.workers": 1}), "effects")
+        assert probabilities == pytest.approx(table(again)[1], abs=1e-3)
+
+    def test_a_sweep_over_three_nodes_that_loses_one_ends_with_the_same_scores(
+        self, nodes: Nodes, alone: tuple[Store, Outcome], tmp_path: Path
+    ) -> None:
+        store = Store(tmp_path / "store")
+        killed: list[Any] = []
+
+        def a_trial_ended() -> Any:
+            hosts = nodes.hosting("ImplicitFunc")
+            done = {f.parent.name: f.stat().st_mtime for f in (tmp_path / "out").glob("trials/*/row.json")}
+            return (done, hosts[-1]) if done and len(hosts) >= 2 else None
+
+        when(a_trial_ended, lambda found: nodes.kill(found[1]), killed)
+        (tmp_path / "out").mkdir()
+        result = run_sweep(
+            sweep_of(TINY), output=tmp_path / "out", store=store.address, trials=6, target=None, say=lambda line: None
+        )
+        assert killed
+        assert result.failed == []
+        assert len(result.rows) == 6
+        for name, written in killed[0][0].items():
+            assert (tmp_path / "out" / "trials" / name / "row.json").stat().st_mtime == written
+        (same,) = [r for r in result.rows if r["autoencoder.lambda1"] == 3.0 and r["directions.lambda2"] == 1.0]
+        row = json.loads((alone[1]["scoreboard"].path / "row.json").read_text(encoding="utf-8"))
+        for measure in SAME:
+            assert same[measure] == pytest.approx(row[measure], abs=1e-6)
+        for stage, number in (("warmup", 1), ("autoencoder", 2), ("directions", 6)):
+            assert len([p for p in (store.root / stage).iterdir() if (p / "entry.json").is_file()]) == number
+        digests = stage_digests(TINY)
+        assert store.get("autoencoder", digests["autoencoder"]) is not None
 
 
 def test_more_trials_of_two_workers_than_fit_wait_for_each_other_and_none_for_ever(
