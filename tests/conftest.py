@@ -18,7 +18,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 
-FILL_THE_MACHINE = {"test_ablation", "test_nodes", "test_sweep"}  # a Ray of as many workers as there are cores
+FILL_THE_MACHINE = {"test_nodes", "test_sweep"}  # a Ray of as many workers as there are cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
