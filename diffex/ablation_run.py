@@ -7,7 +7,6 @@ run of the same command tries what has no row yet, failed trials among it, and w
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections import Counter
@@ -19,7 +18,15 @@ from typing import Any
 from diffex.ablation import Ablation, explained, findings, rule, verdict
 from diffex.config import Experiment
 from diffex.errors import UserError
-from diffex.options import add_experiment_options, add_place_options, claim_output, experiment_of, guarded, places
+from diffex.options import (
+    add_experiment_options,
+    add_place_options,
+    claim_output,
+    command_line,
+    experiment_of,
+    guarded,
+    places,
+)
 from diffex.pipeline import absent, stage_digests
 from diffex.search import SHARED, Sweep, run_sweep
 from diffex.settings import flat
@@ -137,8 +144,7 @@ def _main(build: Callable[[Experiment], Ablation], options: argparse.Namespace) 
     if not table:
         close_sweep(target, metrics={}, folder=output, files=[], status="FAILED")
         raise UserError("no trial finished; the reasons stand above")
-    command = shlex.join(["python", *sys.argv] if sys.argv[0].endswith(".py") else sys.argv)
-    files = write_ablation(ablation, table, output, command=command, failed=failed)
+    files = write_ablation(ablation, table, output, command=command_line(), failed=failed)
     found = findings(ablation, table)
     said = "\n".join(f"- {line}" for line in explained(found))
     target.client.set_tag(target.parent, "diffex.verdict", verdict(found))

@@ -112,7 +112,7 @@ def _run_verb(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(describe(experiment), end="")
         store = store_address(options, output if options.output else HOME)
-        known = Store(store) if "://" in store or Path(store).is_dir() else None  # a dry run makes no folder
+        known = Store.existing(store)
         for stage, address in stage_digests(experiment, last).items():
             there = known is not None and known.has(stage, address)
             print(f"# stage {stage:<15} {address}  {'is there' if there else 'to be computed'}")

@@ -1,8 +1,8 @@
 """Ray's engine, started or joined, and how its CPUs and GPUs are shared out.
 
 On a laptop a local Ray is started with as many workers as there are cores; inside a job, or with RAY_ADDRESS set, the
-running cluster is joined.  What this process started it also ends, and nothing else.  With ``trainer`` and ``search``
-the only file that imports ray.
+running cluster is joined.  What this process started it also ends, and nothing else.  Only this
+file, ``trainer``, ``search`` and ``submit`` import ray.
 """
 
 from __future__ import annotations

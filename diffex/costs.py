@@ -342,7 +342,7 @@ def _num_features(channels: int) -> int:
 def _stage_1(c: Case) -> tuple[int, int]:
     """Images of the warm-up, and of the whole training."""
     s = c.e.autoencoder
-    return s.warmup_images, s.images - s.images % s.batch_size
+    return s.warmup_images, s.whole_images
 
 
 def _warmup(c: Case) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from diffex.config import Experiment, idle_settings, load, recipes
 from diffex.errors import UserError
+from diffex.remote import is_uri
 from diffex.settings import parse_settings
 
 HOME = Path("diffex-output")
@@ -94,10 +96,16 @@ def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
         raise UserError(f"can't write to {str(output)!r}: {error.strerror}") from None
 
 
+def command_line() -> str:
+    """What was typed to start this process, for reports."""
+    is_script = sys.argv[0].endswith(".py")
+    return shlex.join(["python", *sys.argv] if is_script else [Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def store_address(options: argparse.Namespace, beside: Path) -> str:
     """The stage store: what --store says, as an absolute path where it is a folder."""
     asked = options.store or str(beside / "store")
-    return asked if "://" in asked else str(Path(asked).absolute())
+    return asked if is_uri(asked) else str(Path(asked).absolute())
 
 
 def places(options: argparse.Namespace, name: str) -> tuple[Path, str, str]:

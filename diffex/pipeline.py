@@ -13,7 +13,6 @@ the latents; ranking settings only the table.
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ from diffex.data import Progress
 from diffex.directions import DirectionSet, needs_responses
 from diffex.errors import UserError, did_you_mean
 from diffex.explain import Explainer
+from diffex.records import sha256
 from diffex.settings import digest, to_dict
 from diffex.store import Entry, Store
 from diffex.version import __version__
@@ -278,10 +278,15 @@ def fingerprint(path: Path) -> str:
     if not path.exists():
         raise UserError(f"there is no file or folder {str(path)!r}")
     if path.is_file() and path.stat().st_size <= 256 * 2**20:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _content(path.absolute(), path.stat().st_size, path.stat().st_mtime_ns)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+
+
+@cache
+def _content(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, read once for as long as it stays as it is: a sweep asks for it over and over."""
+    return sha256(path)
 
 
 def factory_source(factory: str | None) -> list[Path]:
@@ -371,7 +376,7 @@ def ensure(
             order = work.order_of(e, store, name, address, {n: digests[n] for n in needs})
             w = work.Work(
                 experiment=e, inputs={n: entries[n].path for n in needs}, out=out, compute=compute, progress=progress,
-                observe=observe, crew=crew or work.Alone(), stage=name, order=order,
+                observe=observe, crew=crew or work.Alone(), order=order,
                 saved=lambda: store.save_partial(name, address),
             )  # fmt: skip
             return GRAPH[name].run(w)
@@ -396,7 +401,8 @@ def entry_at(place: str) -> Entry:
         UserError: it is gone, or damaged.
     """
     root, stage, address = place.rsplit("/", 2)
-    entry = Store(root).get(stage, address) if "://" in root or Path(root).is_dir() else None
+    store = Store.existing(root)
+    entry = store.get(stage, address) if store else None
     if entry is None:
         raise UserError(f"stage {stage} of this explanation is gone from the store ({place}); run the command again")
     return entry

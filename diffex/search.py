@@ -36,7 +36,7 @@ from diffex.scoreboard import partial_scores
 from diffex.settings import digest, flat
 from diffex.space import Constraint, Levels, Range
 from diffex.store import Store
-from diffex.trainer import compute_all, crew_of, open_store
+from diffex.trainer import compute_all, crew_of, missing_of, open_store
 from diffex.trials import (
     Slot,
     collect_trial,
@@ -230,15 +230,14 @@ def run_sweep(
 def _compute_shared(
     session: _Session, offered: Resources, meters: Meters, remaining: int, say: Callable[[str], None]
 ) -> None:
-    jobs = session.sweep.shared(remaining)
-    missing = {(stage, a) for e, stage in jobs if not session.store.has(stage, a := stage_digests(e, stage)[stage])}
+    missing = missing_of(session.sweep.shared(remaining), session.store)
     if not missing:
         return
-    names = [stage for stage in SHARED if any(stage == s for s, _ in missing)]
+    names = [stage for stage in SHARED if any(stage == s for _, s in missing)]
     say(f"computing what trials share: {len(missing)} stages ({', '.join(names)} of each data setting), once")
     with Board(meters.read, len(missing), unit="shared stages") as board:
         compute_all(
-            jobs, session.store, offered=offered, meters=meters, at_a_time=session.at_a_time,
+            missing, session.store, offered=offered, meters=meters, at_a_time=session.at_a_time,
             done=lambda name: board.finished(),
         )  # fmt: skip
 

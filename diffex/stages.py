@@ -277,14 +277,12 @@ def run_codes(w: Work) -> dict[str, Any]:
     # Class by class in turn, so that a scheduler's first look sees every class.
     shards.sort(key=lambda item: np.flatnonzero(chosen[item[0]] == item[1][0])[0])
     files = sharded(w, _Encoder.of, _encode_both, shards, what="codes")
-    pq.write_table(pa.concat_tables([pq.read_table(file) for file in files]), w.out / "codes.parquet")
-    for file in files:
-        file.unlink()
+    _join(files, w.out / "codes.parquet")
     model, images = w.autoencoder(), sum(map(len, chosen.values()))
     return {
         "images": images, "pairs": [[names[s], names[t]] for s, t in pairs],
         "shown": {names[s]: rows[:4].tolist() for s, rows in chosen.items()},
-        "unet_evaluations": images * model.encode_evaluations,
+        "unet_evaluations": images * model.encode_evaluations, "render_evaluations": model.render_evaluations,
     }  # fmt: skip
 
 
@@ -365,7 +363,8 @@ def _reference_lengths(means: torch.Tensor, pairs: Sequence[tuple[int, int]]) ->
     return {s: min(float((means[t] - means[s]).norm()) for a, t in pairs if a == s) for s, _ in pairs}
 
 
-def _reference_renderer(w: Work) -> Renderer:
+def _reference_edits(w: Work) -> tuple[dict[str, DirectionSet], list[Edit], dict[int, float]]:
+    """Random directions and baselines, the edits along them, and the reference length of each source class."""
     store, e, z = w.images(), w.experiment, w.codes()
     training = store.rows("train")
     subspace = Subspace.of(z[training], e.directions.space, e.directions.explained_variance)
@@ -380,18 +379,22 @@ def _reference_renderer(w: Work) -> Renderer:
     sets = {"random": baselines.random(subspace, e.evaluation.random_directions, e.run.seed)}
     sets |= {name: makers[name]() for name in e.evaluation.baselines}
     edits = plan_edits(0, (), len(sets["random"]), {n: len(sets[n]) for n in e.evaluation.baselines})
-    return Renderer.of(w, sets, edits, _reference_lengths(means, pairs))
+    return sets, edits, _reference_lengths(means, pairs)
+
+
+def _reference_renderer(w: Work) -> Renderer:
+    return Renderer.of(w, *_reference_edits(w))
 
 
 def run_references(w: Work) -> dict[str, Any]:
     """Effects of random directions (the null) and of the baselines: the same for all direction sets of a latent."""
-    renderer = _reference_renderer(w)
+    _, edits, length = _reference_edits(w)
     files = sharded(w, _reference_renderer, _render, _slices(w.inputs["codes"]), what="references")
     _join(files, w.out / "references.parquet")
-    names, images = renderer.store.info.class_names, w.facts("codes")["images"]
+    names, codes = w.images().info.class_names, w.facts("codes")
     return {
-        "edits": len(renderer.edits), "reference_length": {names[s]: value for s, value in renderer.length.items()},
-        "unet_evaluations": images * (1 + len(renderer.edits)) * renderer.model.render_evaluations,
+        "edits": len(edits), "reference_length": {names[s]: value for s, value in length.items()},
+        "unet_evaluations": codes["images"] * (1 + len(edits)) * codes["render_evaluations"],
     }  # fmt: skip
 
 
@@ -406,20 +409,22 @@ def _learned_renderer(w: Work) -> Renderer:
 def run_effects(w: Work) -> dict[str, Any]:
     """The effects table: what the learned directions do to every chosen image, beside random ones and baselines."""
     references = pq.read_table(w.inputs["references"] / "references.parquet")
+    so_far: list[pa.Table] = []
 
-    def tell(files: Sequence[Path]) -> None:
-        learned = pa.concat_tables([pq.read_table(file) for file in files])
-        seen = np.isin(references["row"].to_numpy(), np.unique(learned["row"].to_numpy()))
-        w.observe(EFFECTS_SO_FAR, {"table": pa.concat_tables([learned, references.filter(pa.array(seen))])})
+    def tell(file: Path) -> None:
+        table = pq.read_table(file)
+        seen = np.isin(references["row"].to_numpy(), np.unique(table["row"].to_numpy()))
+        so_far.extend([table, references.filter(pa.array(seen))])
+        w.observe(EFFECTS_SO_FAR, {"table": pa.concat_tables(so_far)})
 
     files = sharded(w, _learned_renderer, _render, _slices(w.inputs["codes"]), what="effects", done=tell)
     _join(files, w.out / "effects.parquet", references)
-    model, codes, of_references = w.autoencoder(), w.facts("codes"), w.facts("references")
+    codes, of_references = w.facts("codes"), w.facts("references")
     learned = len(plan_edits(len(DirectionSet.load(w.inputs["directions"])), w.experiment.ranking.alphas, 0, {}))
     return {
         **{name: codes[name] for name in ("images", "pairs", "shown")},
         "edits": learned + of_references["edits"], "reference_length": of_references["reference_length"],
-        "unet_evaluations": codes["images"] * (1 + learned) * model.render_evaluations,
+        "unet_evaluations": codes["images"] * (1 + learned) * codes["render_evaluations"],
     }  # fmt: skip
 
 

@@ -136,6 +136,11 @@ class Store:
         self._rejected: set[tuple[Path, str]] = set()  # attempts that were found damaged
         self._began: dict[Key, float] = {}  # when what is computed here began, less what earlier attempts spent
 
+    @classmethod
+    def existing(cls, root: str | Path) -> Store | None:
+        """The store, or None where its folder is missing, which the constructor would make."""
+        return cls(root) if is_uri(root) or Path(root).is_dir() else None
+
     # ------------------------------------------------------------------------------------------------------------------
     # Finished entries
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffex.errors import UserError
-from diffex.remote import is_uri
 from diffex.store import FINISHED, Info, Store
 
 if TYPE_CHECKING:
@@ -79,9 +78,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
 
 def run_store_verb(options: argparse.Namespace) -> int:
     """Run the sub-command that the options name; returns the exit status."""
-    if not is_uri(options.store) and not Path(options.store).is_dir():
+    store = Store.existing(options.store)
+    if store is None:
         raise UserError(f"there is no store {options.store!r}: name its folder or URI (--store)")
-    store = Store(options.store)
     return {"ls": _ls, "gc": _gc, "verify": _verify}[options.store_verb](store, options)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
 import sys
 from collections import Counter
@@ -19,11 +18,13 @@ from diffex.options import (
     add_experiment_options,
     add_place_options,
     claim_output,
+    command_line,
     experiment_of,
     guarded,
     places,
     store_address,
 )
+from diffex.remote import is_uri
 from diffex.settings import describe, flat, parse_settings
 from diffex.version import __version__
 
@@ -173,11 +174,11 @@ def budget_lines(sweep: Sweep, trials: int, store: str) -> list[str]:
     from diffex.plan import budget, check_budget, drawn, say_budget
     from diffex.store import Store
 
-    known = Store(store) if "://" in store or Path(store).is_dir() else None
+    known = Store.existing(store)
     first = [*sweep.first, *(sweep.grid() if sweep.sampler == "grid" else ())]
     points = drawn(sweep.base, sweep.space, trials, first, seed=sweep.base.run.seed)
     plan = budget(points, has=known.has if known else None)
-    if "://" in store:
+    if is_uri(store):
         return say_budget(plan)
     folder = Path(store)
     while not folder.exists():
@@ -223,11 +224,9 @@ def conclude(
         for stage, history in _kept(output, r["trial"], "curves").items():
             curves.setdefault(stage, {})[r["trial"]] = history
     pictures["Training curves."] = save_figure(figures.curves(curves), output / "figures" / "curves.png")
-    is_script = sys.argv[0].endswith(".py")
-    words = ["python", *sys.argv] if is_script else [Path(sys.argv[0]).name, *sys.argv[1:]]
     report = write_report(
         output / "report.html", title=title, experiment=base, rows=rows, settings=list(space), trials=output / "trials",
-        best=best["trial"], top=facts["scoreboard"]["top"], figures_of_all=pictures, command=shlex.join(words),
+        best=best["trial"], top=facts["scoreboard"]["top"], figures_of_all=pictures, command=command_line(),
         facts={**facts["data"], "source": base.data.path or "the simulated assay"}, seeds=seeds,
     )  # fmt: skip
     print_table(rows, list(space), front)

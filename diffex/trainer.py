@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -76,7 +75,7 @@ class OnRay:
                     num_workers=workers, resources_per_worker=self.share.worker, use_gpu="GPU" in self.share.worker
                 ),
                 run_config=ray_train.RunConfig(
-                    name=w.stage, storage_path=folder,
+                    name=w.order.stage, storage_path=folder,
                     failure_config=ray_train.FailureConfig(
                         max_failures=self.run.failures, controller_failure_limit=STARTS
                     ),
@@ -164,7 +163,7 @@ def _train(config: dict[str, Any]) -> None:
             w.saved()
     except UserError as error:  # alike on all ranks: trying again would not help
         complaint = str(error)
-    ray_train.report({"complaint": complaint, "workers": team.size})
+    ray_train.report({"complaint": complaint})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,22 +176,29 @@ def open_store(address: str) -> Store:
     Raises:
         UserError: a folder that this node does not see (and that ``Store`` would make anew, for this node alone).
     """
-    if "://" not in address and not Path(address).is_dir():
+    store = Store.existing(address)
+    if store is None:
         raise UserError(
             f"node {ray.util.get_node_ip_address()} does not see the store {address!r}: give --store a folder that all "
             "nodes share, or a URI such as s3://bucket/diffex"
         )
-    return Store(address)
+    return store
+
+
+def missing_of(jobs: Sequence[tuple[Experiment, str]], store: Store) -> list[tuple[Experiment, str]]:
+    """Of (experiment, last stage) pairs those that the store lacks, one for each digest."""
+    unique = {stage_digests(e, last)[last]: (e, last) for e, last in jobs}
+    return [(e, last) for address, (e, last) in unique.items() if not store.has(last, address)]
 
 
 def compute_all(
-    jobs: Sequence[tuple[Experiment, str]], store: Store, *, offered: Resources, meters: Meters,
+    missing: Sequence[tuple[Experiment, str]], store: Store, *, offered: Resources, meters: Meters,
     at_a_time: int | None = None, done: Callable[[str], None] = lambda name: None,
 ) -> None:  # fmt: skip
     """Compute stages of several experiments at once, one Ray task each, sharing out the cluster.
 
     Args:
-        jobs: (experiment, last stage) pairs; doubles by digest are computed once.
+        missing: (experiment, last stage) pairs, one at least; see ``missing_of``.
         store: visible to every node.
         offered: what the cluster offers.
         meters: who is told of the progress.
@@ -202,10 +208,6 @@ def compute_all(
     Raises:
         UserError: the first task's complaint.
     """
-    unique = {stage_digests(e, last)[last]: (e, last) for e, last in jobs}
-    missing = [(e, last) for address, (e, last) in unique.items() if not store.has(last, address)]
-    if not missing:
-        return
     run = missing[0][0].run
     share = share_out(run, offered, at_a_time)
     if not share.worker and not share.trial["gpu"] and run.cpus is None:  # fewer tasks than CPUs: more threads each

@@ -108,7 +108,6 @@ class Work:
     observe: Observe = lambda stage, facts: None
     crew: Crew = field(default_factory=Alone)
     saved: Callable[[], None] = lambda: None
-    stage: str = ""
     order: Order | None = None
 
     @classmethod
@@ -123,7 +122,7 @@ class Work:
             inputs[stage] = entry.path
         return cls(
             experiment=e, inputs=inputs, out=store.partial(order.stage, order.digest), compute=Compute.resolve(e.run),
-            saved=lambda: store.save_partial(order.stage, order.digest), stage=order.stage, order=order, **hooks,
+            saved=lambda: store.save_partial(order.stage, order.digest), order=order, **hooks,
         )  # fmt: skip
 
     def fit(self, make: Callable[[Work, Team], T], *, until: int | None = None, base: str | None = None) -> Fitted[T]:
@@ -221,7 +220,7 @@ def balanced(store: ImageStore, candidates: NDArray[np.int64], num: int, seed: i
 
 def sharded(
     w: Work, prepare: Callable[[Work], Any], function: Callable[[Any, Any], Any], items: Sequence[Any],
-    *, what: str, done: Callable[[Sequence[Path]], None] = lambda files: None,
+    *, what: str, done: Callable[[Path], None] = lambda file: None,
 ) -> list[Path]:  # fmt: skip
     """One Parquet file for each item, made by the crew; those that an earlier attempt left are not made again.
 
@@ -230,17 +229,20 @@ def sharded(
         function: ``function(prepared, item) -> pa.Table``.
         items: one shard each.
         what: for the meter.
-        done: told the files that there are, after each.
+        done: told each file that is there, old ones first.
     """
     files = [w.out / f"shard-{number:05d}.parquet" for number in range(len(items))]
-    missing = [number for number, file in enumerate(files) if not file.is_file()]
-    w.progress(what, len(files) - len(missing), len(files))
+    there = [file for file in files if file.is_file()]
+    missing = [number for number, file in enumerate(files) if file not in there]
+    for file in there:
+        done(file)
+    w.progress(what, len(there), len(files))
     for n, table in w.crew.map(w, prepare, function, [items[number] for number in missing]):
         file = files[missing[n]]
         pq.write_table(table, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").rename(file)
         w.saved()
-        there = [f for f in files if f.is_file()]
+        there.append(file)
         w.progress(what, len(there), len(files))
-        done(there)
+        done(file)
     return files

@@ -1,7 +1,10 @@
 """What all tests share: one thread, no telemetry, no colours, and how they are dealt out to two processes."""
 
+import multiprocessing as mp
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +34,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     """Small tensors gain nothing from more, and other processes of a test need the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def spawn() -> Iterator[Any]:
+    """Starts processes, and sees to it that none outlives the test."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["diffex.store"])  # imported once, not by every child
+    children: list[Any] = []
+
+    class Spawner:
+        event, barrier = staticmethod(context.Event), staticmethod(context.Barrier)
+
+        def __call__(self, target: Callable[..., None], *args: object) -> Any:
+            child = context.Process(target=target, args=args, daemon=True)
+            child.start()
+            children.append(child)
+            return child
+
+    yield Spawner()
+    for child in children:
+        child.kill()
+        child.join(120)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,10 @@
 
 import fcntl
 import json
-import multiprocessing as mp
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
@@ -459,27 +458,6 @@ def test_an_output_that_can_not_be_read_protects_nothing_silently(sweep: Path, h
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes
-
-
-@pytest.fixture
-def spawn() -> Iterator[Any]:
-    """Starts processes, and sees to it that none outlives the test."""
-    context = mp.get_context("spawn")
-    children: list[Any] = []
-
-    class Spawner:
-        event, barrier = staticmethod(context.Event), staticmethod(context.Barrier)
-
-        def __call__(self, target: Callable[..., None], *args: object) -> Any:
-            child = context.Process(target=target, args=args, daemon=True)
-            child.start()
-            children.append(child)
-            return child
-
-    yield Spawner()
-    for child in children:
-        child.kill()
-        child.join(PATIENCE)
 
 
 def compute_while_others_wait(root: Path, number: int, together: Barrier, waiting: list[Event]) -> None:

@@ -5,7 +5,6 @@ A "machine" is a Store with a cache of its own.
 
 import json
 import logging
-import multiprocessing as mp
 import os
 import signal
 import threading
@@ -405,28 +404,6 @@ def test_own_newer_files_are_kept_until_another_machine_has_saved(distant: Place
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes on several machines
-
-
-@pytest.fixture
-def spawn() -> Iterator[Any]:
-    """Starts processes, and sees to it that none outlives the test."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["diffex.store"])  # imported once, not by every child
-    children: list[Any] = []
-
-    class Spawner:
-        event, barrier = staticmethod(context.Event), staticmethod(context.Barrier)
-
-        def __call__(self, target: Callable[..., None], *args: object) -> Any:
-            child = context.Process(target=target, args=args, daemon=True)
-            child.start()
-            children.append(child)
-            return child
-
-    yield Spawner()
-    for child in children:
-        child.kill()
-        child.join(PATIENCE)
 
 
 def race(place: Place, number: int, machine: str, together: Barrier, waiting: list[Event]) -> None:
