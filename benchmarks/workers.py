@@ -54,7 +54,7 @@ class Clock:
             for state in self.meters.read().values():
                 if state["what"] == self.what and (not self.passed or state["done"] != self.passed[-1][1]):
                     self.passed.append((time.perf_counter(), state["done"]))
-            time.sleep(0.05)
+            time.sleep(0.5)  # a meter tells no more often, and asking takes from what is measured
 
     def seconds_each(self) -> float:
         """Seconds an item between the first and the last count that were seen."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffex.ablation import (
@@ -28,6 +27,7 @@ from diffex.ablation_figures import cell_letters, cells_against
 from diffex.measures import METRICS
 from diffex.report import embed_image, page_template, save_figure
 from diffex.settings import describe
+from diffex.tables import from_rows
 from diffex.version import __version__
 
 ALWAYS = ("classifier.accuracy", "flip_rate", "ssim")
@@ -50,8 +50,8 @@ def write_ablation(
         The files.
     """
     cells = summary(ablation, table)
-    pq.write_table(pa.Table.from_pylist(_columns(table)), output / "table.parquet")
-    pq.write_table(pa.Table.from_pylist(_columns(cells)), output / "summary.parquet")
+    pq.write_table(from_rows(table), output / "table.parquet")
+    pq.write_table(from_rows(cells), output / "summary.parquet")
     drawn = [r for r in cells if all(not np.isnan(r[m]) for m in ablation.measures)]
     figure = cells_against(
         drawn, [r for r in table if r["cell"] in {d["cell"] for d in drawn}], measures=ablation.measures,
@@ -62,12 +62,6 @@ def write_ablation(
     page = output / "ablation.html"
     page.write_text(_page(ablation, table, cells, output, picture, command, failed), encoding="utf-8")
     return [output / "table.parquet", output / "summary.parquet", picture, output / "figure.svg", page]
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with all keys in each, so that a column that the first lacks is not lost."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def _slopes(ablation: Ablation, table: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
@@ -101,7 +95,7 @@ def _page(
         title=f"Ablation: {ablation.name.replace('_', ' ')}", version=__version__, ablation=ablation, findings=found,
         verdict=verdict(found), explained=explained(found), rule=rule(ablation), notes=notes,
         figure=embed_image(picture),
-        summary=cells, columns=[m for m in dict.fromkeys([*ablation.measures, *ALWAYS]) if m in _columns(cells)[0]],
+        summary=cells, columns=[m for m in dict.fromkeys([*ablation.measures, *ALWAYS]) if any(m in c for c in cells)],
         meanings=METRICS, letters=cell_letters(list(ablation.cells)), seeds=sorted(whole), seed=seed,
         pictures={cell: embed_image(files[0]) for cell, files in shown.items() if files}, command=command,
         versions=", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in used)]),

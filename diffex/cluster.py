@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -213,6 +214,36 @@ class Meter:
     def close(self) -> None:
         """Say that nothing goes on here any more."""
         self.actor.tell.remote(self.name, None)
+
+
+@contextmanager
+def relay(progress: Callable[[str, int, int], None]) -> Iterator[Meter]:
+    """A meter for workers that tells a function of this process; a meter stays itself."""
+    if isinstance(progress, Meter):
+        yield progress
+        return
+    meters, ended, told = Meters(), threading.Event(), None
+    meter = meters.meter("relayed")
+
+    def tell() -> None:
+        nonlocal told
+        state = meters.read().get(meter.name)
+        if state and state != told:
+            told = state
+            progress(state["what"], state["done"], state["total"])
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            tell()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield meter
+    finally:
+        ended.set()
+        watcher.join()
+    tell()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from diffex.config import Experiment
 from diffex.costs import Case, Cost, Images, stage_costs
 from diffex.errors import UserError
 from diffex.pipeline import GRAPH, absent, stage_digests
+from diffex.units import human_size
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Floating-point operations, parameters and memory of the networks
@@ -207,10 +208,11 @@ def say_budget(plan: Budget, *, free: int | None = None, concurrent: int = 1) ->
     cost, alone = plan.cost, plan.alone
     numbers = {name: plan.number(name) for name in NOUNS}
     made = ", ".join(f"{n} {NOUNS[name]}{'s' if n != 1 else ''}" for name, n in numbers.items() if n)
-    store = f"store: about {_size(cost.bytes)} ({len(plan.trials)} trials: {made or 'nothing to compute'})"
+    store = f"store: about {human_size(cost.bytes)} ({len(plan.trials)} trials: {made or 'nothing to compute'})"
     needed = cost.bytes + concurrent * cost.scratch
     if free is not None:
-        store += f"; {_size(free)} free" + (f", but {_size(needed)} needed on the way" if needed > free else "")
+        more = f", but {human_size(needed)} needed on the way" if needed > free else ""
+        store += f"; {human_size(free)} free{more}"
     share = cost.unet_passes / max(alone.unet_passes, 1)
     trained = cost.work["unet.training"]
     work = f"work: at most {cost.unet_evaluations:,} U-Net evaluations, {trained:,} of them in training"
@@ -227,14 +229,6 @@ def check_budget(plan: Budget, free: int, concurrent: int = 1) -> None:
     needed = cost.bytes + concurrent * cost.scratch
     if needed > free:
         raise UserError(
-            f"the store needs about {_size(needed)}, {_size(free)} are free: make room ('diffex store gc'), choose "
-            "another --store, or fewer --trials"
+            f"the store needs about {human_size(needed)}, {human_size(free)} are free: make room ('diffex store gc'), "
+            "choose another --store, or fewer --trials"
         )
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 999.5:
-            return f"{number:.2g} {unit}" if number < 10 else f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:.2g} TB" if number < 10 else f"{number:,.0f} TB"

@@ -352,7 +352,7 @@ def _storage(output: Path, asked: str | None) -> optuna.storages.BaseStorage:
 
 
 def _open_study(sweep: Sweep, output: Path, store: Store, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    """The sweep's study: new with ``first`` queued, or found again with interrupted trials settled."""
+    """The sweep's study, with interrupted trials settled; points that were asked for and did not end yet are queued."""
     _quiet()
     study = optuna.create_study(
         storage=storage, study_name=f"{sweep.name}-{sweep.digest}",
@@ -372,13 +372,13 @@ def _open_study(sweep: Sweep, output: Path, store: Store, storage: optuna.storag
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             if whole:
                 study.enqueue_trial(trial.params)
-    if not study.trials:
-        base, queued = flat(sweep.base), []
-        for settings in [*sweep.first, *(sweep.grid() if sweep.sampler == "grid" else ())]:
-            start = {name: settings.get(name, _as_choice(base[name], choice)) for name, choice in sweep.space.items()}
-            if start not in queued:
-                queued.append(start)
-                study.enqueue_trial(start)
+    base, failed = flat(sweep.base), optuna.trial.TrialState.FAIL
+    tried = [t.system_attrs.get("fixed_params", t.params) for t in study.trials if t.state != failed]
+    for settings in [*sweep.first, *(sweep.grid() if sweep.sampler == "grid" else ())]:
+        start = {name: settings.get(name, _as_choice(base[name], choice)) for name, choice in sweep.space.items()}
+        if start not in tried:
+            tried.append(start)
+            study.enqueue_trial(start)
     return study
 
 

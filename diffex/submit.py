@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from diffex.errors import UserError
+from diffex.units import human_size, size
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -59,7 +60,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="leave out files or folders of this name or path, e.g. 'data' or 'docs/*.png'; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--max-upload", default="100MB", metavar="SIZE", help="refuse to send more than this (default: 100MB)"
+        "--max-upload",
+        type=size,
+        default="100MB",
+        metavar="SIZE",
+        help="refuse to send more than this (default: 100MB)",
     )
     parser.add_argument(
         "--env", action="append", default=[], metavar="K=V", help="environment variable of the job; repeatable"
@@ -91,15 +96,14 @@ def submit_main(options: argparse.Namespace) -> int:
     """
     upload = collect(options.working_dir, options.exclude)
     script = _script(upload, options.script)
-    limit = parse_size(options.max_upload)
     env = _environment(options.env)
     packages = _requirements(options.pip)
     arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     print(upload.describe(), flush=True)
-    if upload.size > limit:
+    if upload.size > options.max_upload:
         raise UserError(
-            f"{size_text(upload.size)} to send is more than --max-upload {options.max_upload}; the largest are "
-            f"{', '.join(f'{name} ({size_text(size)})' for name, size in upload.largest(3))}: "
+            f"{human_size(upload.size)} to send is more than --max-upload {human_size(options.max_upload)}; "
+            f"the largest are {', '.join(f'{name} ({human_size(count)})' for name, count in upload.largest(3))}: "
             "leave them out (.gitignore, or --exclude), or raise --max-upload"
         )
     client, login = connect(options.address or DASHBOARD)
@@ -158,8 +162,8 @@ class Upload:
     def describe(self) -> str:
         """How much is sent, the five largest files, and what is left out unasked."""
         source = "those that git does not ignore" if self.by_git else "not a git repository: all but caches and results"
-        lines = [f"upload of {self.root}: {len(self.files)} files, {size_text(self.size)} ({source})"]
-        lines += [f"{size_text(size):>12}  {name}" for name, size in self.largest(5)]
+        lines = [f"upload of {self.root}: {len(self.files)} files, {human_size(self.size)} ({source})"]
+        lines += [f"{human_size(size):>12}  {name}" for name, size in self.largest(5)]
         if self.left_out:
             more = f" and {len(self.left_out) - 3} more" if len(self.left_out) > 3 else ""
             lines.append(f"left out (links, nested repositories): {', '.join(self.left_out[:3])}{more}")
@@ -245,33 +249,6 @@ def _script(upload: Upload, given: str) -> str:
                 raise UserError(f"{given!r} does not travel: git ignores it, or --exclude leaves it out")
             return name
     raise UserError(f"there is no script {given!r} in {str(upload.root)!r} (SCRIPT, --working-dir)")
-
-
-def size_text(size: float) -> str:
-    """Bytes for people: 1.5 MB."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of '100MB', '64MiB', '1.5GB' or '1000'.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    units = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
-    number = text.strip().upper()
-    unit = next(unit for unit in units if number.endswith(unit))
-    try:
-        size = float(number.removesuffix(unit)) * units[unit]
-        if not 0 < size < float("inf"):
-            raise ValueError(text)
-    except ValueError:
-        raise UserError(f"--max-upload takes a size such as 100MB, got {text!r}") from None
-    return int(size)
 
 
 def _environment(pairs: Sequence[str]) -> dict[str, str]:
@@ -419,7 +396,7 @@ def _send(client: Any, upload: Upload, job: str | None, command: str, runtime: d
         size = archive.stat().st_size
         if size > ARCHIVE_LIMIT:
             raise UserError(
-                f"the archive has {size_text(size)}, and Ray takes {size_text(ARCHIVE_LIMIT)}; the largest files are "
+                f"the archive has {human_size(size)}, and Ray takes {human_size(ARCHIVE_LIMIT)}; the largest files are "
                 f"{', '.join(name for name, _ in upload.largest(3))}: put data where the nodes can read it"
             )
         try:

@@ -192,22 +192,22 @@ def conclude(
     title: str, base: Experiment, space: Mapping[str, Any], output: Path, result: Any, target: Any, uri: str
 ) -> None:
     """Table on the terminal, scoreboard.parquet, figures, report.html; the same as artifacts of the parent run."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     from diffex import figures, tracking
     from diffex.measures import OBJECTIVES, over_seeds, pareto_front
     from diffex.pipeline import entry_at
     from diffex.report import save_figure, write_report
+    from diffex.tables import from_rows
     from diffex.trials import cost_of_all
 
-    pq.write_table(pa.Table.from_pylist(result.rows), output / "scoreboard.parquet")
+    pq.write_table(from_rows(result.rows), output / "scoreboard.parquet")
     rows = [r for r in result.rows if r["status"] == "finished"]
     best = max(rows, key=lambda r: r["score"])
     front = pareto_front(rows, OBJECTIVES)
     seeds = [{**group, **_retrained(output, group["trials"])} for group in over_seeds(rows, list(space))]
     if seeds:
-        pq.write_table(pa.Table.from_pylist(seeds), output / "seeds.parquet")
+        pq.write_table(from_rows(seeds), output / "seeds.parquet")
     of_best = _kept(output, best["trial"], "stages")
     facts = {stage: entry_at(of_best[stage]).facts for stage in ("data", "scoreboard")}
     pictures = {}

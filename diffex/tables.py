@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,6 +90,12 @@ class Table:
     def where(self, row: int) -> str:
         """A row, for messages."""
         return f"{self.name} row {self.lines[row]}"
+
+
+def from_rows(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """A table with a column for every key that any row has; pyarrow by itself takes those of the first row."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
 
 
 def read_table(path: Path, max_bytes: int = MAX_BYTES) -> Table:

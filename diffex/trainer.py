@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from diffex import train
-from diffex.cluster import Meter, Meters, Resources, Share, connected, share_out, use_threads
+from diffex.cluster import Meter, Meters, Resources, Share, connected, relay, share_out, use_threads
 from diffex.config import Experiment, Run, from_dict
 from diffex.data import Progress
 from diffex.errors import UserError
@@ -63,12 +63,12 @@ class OnRay:
     def fit(self, w: Work, make: Callable[[Work, Team], T], until: int | None, base: str | None) -> Fitted[T]:
         """Train on ``run.workers`` workers; lost ones are replaced, and the last checkpoint is where it goes on."""
         assert w.order is not None
-        job = {
-            "order": w.order, "make": make, "until": until, "base": base, "threads": self.share.threads,
-            "meter": self.progress if isinstance(self.progress, Meter) else None,
-        }  # fmt: skip
         workers = (self.run.min_workers, self.run.workers) if self.run.min_workers else self.run.workers
-        with tempfile.TemporaryDirectory(prefix="diffex-train-") as folder:
+        with tempfile.TemporaryDirectory(prefix="diffex-train-") as folder, relay(self.progress) as meter:
+            job = {
+                "order": w.order, "make": make, "until": until, "base": base, "threads": self.share.threads,
+                "meter": meter,
+            }  # fmt: skip
             trainer = TorchTrainer(
                 _train, train_loop_config={"job": job}, torch_config=TorchConfig(backend=None, timeout_s=300),
                 scaling_config=ray_train.ScalingConfig(
@@ -155,7 +155,7 @@ def _train(config: dict[str, Any]) -> None:
     use_threads(job["threads"])
     team = Team.current()
     order: Order = job["order"]
-    w = Work.of(order, **({"progress": job["meter"]} if job["meter"] and team.rank == 0 else {}))
+    w = Work.of(order, **({"progress": job["meter"]} if team.rank == 0 else {}))
     complaint = ""
     try:
         fit_here(w, job["make"](w, team), team, job["until"], job["base"])

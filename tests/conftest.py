@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from diffex.config import Assay
 from diffex.data import ImageStore
@@ -21,13 +22,18 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
+
 FILL_THE_MACHINE = {"test_nodes", "test_sweep"}  # a Ray of as many workers as there are cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests: a file stays together, and each Ray that takes all cores runs alone."""
+    """Two processes share the tests: a file stays together, and each Ray that takes all cores runs alone, and first:
+    it takes longest."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in FILL_THE_MACHINE else item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in FILL_THE_MACHINE)
 
 
 @pytest.fixture(autouse=True, scope="session")

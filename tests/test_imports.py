@@ -16,6 +16,7 @@ PACKAGE = Path(diffex.__file__).parent
 TABLE = {
     "version": "",
     "errors": "",
+    "units": "",
     "settings": "yaml",
     "config": "",
     "screen": "",

@@ -11,7 +11,7 @@ import pytest
 
 from diffex.errors import UserError
 from diffex.store import Store
-from diffex.store_cli import add_verbs, human_age, human_size, run_store_verb, size, span
+from diffex.store_cli import add_verbs, run_store_verb
 
 
 def run(*words: str) -> int:
@@ -141,42 +141,3 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
 def test_best_without_an_output_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--keep-output"):
         run("gc", "--store", str(tmp_path), "--best", "2")
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("20GB", 2e10), ("1.5 TiB", 1.5 * 2**40), ("500m", 5e8), ("7", 7), ("3 kB", 3000), ("0b", 0)]
-)
-def test_sizes_are_read(text: str, count: float) -> None:
-    assert size(text) == count
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("12h", 43200), ("30d", 2592000), ("2w", 1209600)])
-def test_times_are_read(text: str, seconds: float) -> None:
-    assert span(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "GB", "1.2.3GB", "5 miles", "-1GB", "1i"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
-        size(text)
-
-
-@pytest.mark.parametrize("text", ["", "30", "d", "1.2.3d", "-3d", "4 years"])
-def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
-        span(text)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_499, "999 kB"), (999_600, "1.0 MB"), (2.5e12, "2.5 TB")],
-)
-def test_sizes_are_told_for_people(count: float, text: str) -> None:
-    assert human_size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(-1, "0 s"), (59, "59 s"), (600, "10 min"), (7200, "2 h"), (3e6, "35 d")]
-)
-def test_ages_are_told_for_people(seconds: float, text: str) -> None:
-    assert human_age(seconds) == text

@@ -139,11 +139,6 @@ def test_the_sizes_of_a_listing_are_those_on_the_disk(tmp_path: Path) -> None:
     assert upload.size == sum((tmp_path / name).stat().st_size for name in CODE)
 
 
-@pytest.mark.parametrize(("text", "size"), [("1000", 1000), ("64MiB", 2**26), ("1.5 GB", 1_500_000_000), ("2kb", 2000)])
-def test_sizes_read_as_people_write_them(text: str, size: int) -> None:
-    assert submit.parse_size(text) == size
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes, each told before anything is sent
 
@@ -160,9 +155,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--max-upload", "100B", "jobs/hello.py"], r"more than --max-upload 100B; the largest are jobs/hello.py"),
-        (["--max-upload", "many", "jobs/hello.py"], "--max-upload takes a size such as 100MB, got 'many'"),
-        (["--max-upload", "0MB", "jobs/hello.py"], "--max-upload takes a size"),
+        (["--max-upload", "100B", "jobs/hello.py"], r"more than --max-upload 100 B; the largest are jobs/hello.py"),
+        (["--max-upload", "0MB", "jobs/hello.py"], "more than --max-upload 0 B"),
         (["--env", "COLOUR", "jobs/hello.py"], "--env takes NAME=VALUE, got 'COLOUR'"),
         (["--pip", "absent.txt", "jobs/hello.py"], "can't read the requirements 'absent.txt'"),
         (["jobs/helo.py"], "there is no script 'jobs/helo.py'"),

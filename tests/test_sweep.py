@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from optuna import Study
+from optuna.trial import TrialState
 
 from diffex.config import Experiment, load
 from diffex.errors import UserError
@@ -227,6 +228,23 @@ def test_a_trial_that_was_killed_while_it_was_proposed_is_not_taken_for_another(
     opened().ask().suggest_categorical("autoencoder.lambda1", (0.0, 3.0))
     study = opened()
     assert [t.state.name for t in study.trials] == ["FAIL"]
+
+
+def test_points_that_were_asked_for_and_failed_are_tried_again(tmp_path: Path) -> None:
+    """The seeds of ``diffex run --seeds``, and a grid's combinations; those of the sampler's own are not."""
+    seeds = tuple({"run.seed": seed} for seed in range(3))
+    sweep = Sweep(name="s", base=TINY, space={"run.seed": Levels((0, 1, 2))}, first=seeds)
+
+    def opened() -> Study:
+        return _open_study(sweep, tmp_path, Store(tmp_path / "store"), _storage(tmp_path, None))
+
+    first = opened()
+    for state in (TrialState.FAIL, TrialState.COMPLETE):
+        trial = first.ask({"run.seed": Levels((0, 1, 2)).distribution()})
+        first.tell(trial, [0.5] * 3 if state == TrialState.COMPLETE else None, state=state)
+    waiting = [t for t in opened().trials if t.state == TrialState.WAITING]
+    assert [t.system_attrs["fixed_params"]["run.seed"] for t in waiting] == [2, 0]
+    assert len(opened().trials) == 4
 
 
 def test_a_space_with_an_unknown_setting_or_an_impossible_value_is_refused_at_once() -> None:

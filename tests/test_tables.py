@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffex.errors import UserError
 from diffex.paths import Root, safe_path
-from diffex.tables import join, metadata_columns, number, number_text, read_table, typed
+from diffex.tables import from_rows, join, metadata_columns, number, number_text, read_table, typed
 
 ROWS = [["Compound", "Dose", "Note"], ["Taxol", "0.3", "bündels, µM"], ['5-"FU"', "3", "a\nb"], ["", "10", "x"]]
 
@@ -284,3 +284,8 @@ def test_no_path_whatsoever_leaves(tmp_path_factory: pytest.TempPathFactory, par
     except UserError:
         return
     assert found is None or found.resolve().is_relative_to(root.resolve())
+
+
+def test_a_column_that_the_first_row_lacks_is_kept() -> None:
+    table = from_rows([{"a": 1}, {"a": 2.5, "b": "x"}])
+    assert table.to_pylist() == [{"a": 1.0, "b": None}, {"a": 2.5, "b": "x"}]
