@@ -3,7 +3,8 @@
     python benchmarks/scaling_tables.py docs/scaling.md
 
 A table stands between ``<!-- table NAME [FILE] [key=value ...] -->`` and ``<!-- end -->``; FILE is a JSON file that
-stage_costs.py wrote.  Where it is missing the place says how to make it.  All that is not between such lines stays.
+stage_costs.py (workers.py, prefix_sharing.py) wrote.  Where it is missing the place says how to make it.  All that is
+not between such lines stays.
 """
 
 from __future__ import annotations
@@ -231,9 +232,38 @@ def cells(words: Words, measured: Mapping[str, Any]) -> str:
     return table([f"{n:,.0f} cells, {recipe}", "", "with the cells"], rows) + _machine(measured)
 
 
+def workers(words: Words, measured: Mapping[str, Any]) -> str:
+    rows = [
+        [name, f"{m['efficiency']:.2f}", f"{m['range'][0]:.2f} to {m['range'][1]:.2f}", len(m["seconds"]),
+         f"{m['with_start']:.2f}"]
+        for name, m in measured.items() if isinstance(m, dict) and "efficiency" in m
+    ]  # fmt: skip
+    text = table(["work", "efficiency of two workers", "range", "pairs", "with the start of the workers"], rows)
+    if cost := measured.get("ray"):
+        low, high = cost["range"]
+        each = f"{cost['seconds_a_trial']:.2f} s ({low:.2f} to {high:.2f})"
+        text += f"\nA trial of which every stage is there takes {each} of a slot; "
+        text += f"a sweep of two such trials takes {cost['seconds_of_two_trials']:.1f} s.\n"
+    return text + f"\nTwo cores of {measured['machine']}, torch {measured['torch']}, Ray {measured['ray']}.\n"
+
+
+def prefix(words: Words, measured: Mapping[str, Any]) -> str:
+    m = measured
+    same = m["scores_compared"] - len(m["scores_that_differ"])
+    return table(["24 trials", "seconds of computing", ""], [
+        ["on one store", f"{m['together']:,.0f}",
+         f"{m['stages_together']} stages, stage 1 {m['stage_1_together']:,.0f} s"],
+        ["sharing nothing", f"{m['apart']:,.0f}",
+         f"24 times the mean of {len(m['independent'])} that were run: {min(m['independent']):.0f} to "
+         f"{max(m['independent']):.0f} s"],
+        ["**ratio**", f"**{m['share']:.3f}**", f"{same} of {m['scores_compared']} numbers of a row are equal"],
+    ])  # fmt: skip
+
+
 PLAIN: dict[str, Callable[[Words], str]] = {"counts": counts, "stages": stages}
 MEASURED: dict[str, Callable[[Words, Mapping[str, Any]], str]] = {
     "units": measured_units, "sharing": sharing, "memory": memory, "recipes": recipes, "losses": losses, "cells": cells,
+    "workers": workers, "prefix": prefix,
 }  # fmt: skip
 
 
@@ -252,7 +282,8 @@ def fill(text: str, root: Path) -> str:
         if name in PLAIN:
             body = PLAIN[name](words)
         elif not (root / files[0]).is_file():
-            body = (f"**To be measured**: `python benchmarks/stage_costs.py --out {files[0]}`, then "
+            script = {"workers": "workers", "prefix": "prefix_sharing"}.get(name, "stage_costs")
+            body = (f"**To be measured**: `python benchmarks/{script}.py --out {files[0]}`, then "
                     "`python benchmarks/scaling_tables.py docs/scaling.md`.\n")  # fmt: skip
         else:
             body = MEASURED[name](words, json.loads((root / files[0]).read_text(encoding="utf-8")))

@@ -1,6 +1,7 @@
 """One worker against two, one thread each, in pairs: stage 1, effects, and a sweep; and what Ray costs a trial.
 
     python benchmarks/workers.py --out benchmarks/results/workers.json
+    python benchmarks/workers.py --out benchmarks/results/workers.json --only "stage 1" --batch 128 --images 12800
 
 efficiency = time of one / (2 x time of two), for equal work; start-up of processes is left out where the platform
 pays it once (trainings, renderings), and shown beside.  Each pair is run ``--pairs`` times in turn, and medians of the
@@ -150,7 +151,7 @@ def of_ray(root: Path, base: Experiment, number: int, trials: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; what it holds of other parts stays")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--images", type=int, default=6400, help="images of stage 1")
     parser.add_argument("--batch", type=int, default=32, help="global batch of stage 1")
@@ -159,10 +160,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     base = load("assay", {**BASE, "autoencoder.images": options.images, "autoencoder.batch_size": options.batch})
-    found: dict[str, Any] = {
-        "machine": platform.machine(), "torch": torch.__version__, "ray": ray.__version__,
-        "options": {k: str(v) for k, v in vars(options).items()},
-    }  # fmt: skip
+    found: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    found |= {"machine": platform.machine(), "torch": torch.__version__, "ray": ray.__version__}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name, measure in (
@@ -173,8 +172,9 @@ def main() -> None:
         ):
             if options.only not in (None, name):
                 continue
-            found[name] = measure()
-            print(name, json.dumps(found[name]), flush=True)
+            label = f"stage 1, batch {options.batch}" if name == "stage 1" else name
+            found[label] = measure()
+            print(label, json.dumps(found[label]), flush=True)
             options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
