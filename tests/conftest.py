@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from diffex.config import Assay
 from diffex.data import ImageStore
@@ -28,11 +29,20 @@ settings.load_profile("shared machine")
 FILL_THE_MACHINE = {"test_nodes", "test_sweep"}  # a Ray of as many workers as there are cores
 
 
+class ByFile(LoadScopeScheduling):
+    """Two processes share the tests: a file stays together, and what fills the machine runs one after the other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "fills the machine" if Path(file).stem in FILL_THE_MACHINE else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests: a file stays together, and each Ray that takes all cores runs alone, and first:
-    it takes longest."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in FILL_THE_MACHINE else item.path.stem))
+    """What fills the machine comes first, for it takes longest."""
     items.sort(key=lambda item: item.path.stem not in FILL_THE_MACHINE)
 
 
