@@ -226,7 +226,7 @@ def test_the_budget_is_said_in_words_and_a_full_disk_is_told_before_it_is_full()
     plan = budget(grid())
     store, work = say_budget(plan, free=10**12)
     assert "24 trials: 1 image set, 1 warm-up, 4 autoencoders, 24 direction sets" in store
-    assert "1 TB free" in store
+    assert "1.0 TB free" in store
     assert f"{plan.cost.unet_evaluations:,} U-Net evaluations" in work
     check_budget(plan, plan.cost.bytes + 2 * plan.cost.scratch, concurrent=2)
     with pytest.raises(UserError, match="make room"):
