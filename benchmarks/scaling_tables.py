@@ -244,7 +244,7 @@ def workers(words: Words, measured: Mapping[str, Any]) -> str:
         each = f"{cost['seconds_a_trial']:.2f} s ({low:.2f} to {high:.2f})"
         text += f"\nA trial of which every stage is there takes {each} of a slot; "
         text += f"a sweep of two such trials takes {cost['seconds_of_two_trials']:.1f} s.\n"
-    return text + f"\nTwo cores of {measured['machine']}, torch {measured['torch']}, Ray {measured['ray']}.\n"
+    return text + f"\nTwo cores of {measured['machine']}, {measured['versions']}.\n"
 
 
 def prefix(words: Words, measured: Mapping[str, Any]) -> str:

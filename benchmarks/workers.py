@@ -161,7 +161,7 @@ def main() -> None:
     torch.set_num_threads(1)
     base = load("assay", {**BASE, "autoencoder.images": options.images, "autoencoder.batch_size": options.batch})
     found: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    found |= {"machine": platform.machine(), "torch": torch.__version__, "ray": ray.__version__}
+    found |= {"machine": platform.machine(), "versions": f"torch {torch.__version__}, Ray {ray.__version__}"}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name, measure in (
