@@ -52,7 +52,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep up to 512 MB of what this process frees, for its next tensors.
 
     By itself glibc gives every large block back to the kernel, which then fills the pages of each new activation with
-    zeros: a fifth of a rendering's time on a CPU (benchmarks/allocator.py).  Other C libraries are left alone.
+    zeros: a sixth of a rendering's time on a CPU (benchmarks/allocator.py).  Other C libraries are left alone.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
