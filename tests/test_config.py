@@ -387,7 +387,7 @@ def test_a_description_of_long_and_nested_values_reads_back() -> None:
 
 
 @given(path=st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=80))
-@budget(max_examples=40, deadline=None)
+@budget(max_examples=40)
 def test_a_description_of_any_path_reads_back(path: str) -> None:
     assert reread(changed(data__path=path)).data.path == path
 

@@ -287,8 +287,12 @@ def test_a_full_object_store_spills_and_nothing_is_lost(alone: tuple[Store, Outc
     )
     try:
         held = [ray.put(np.random.default_rng(i).random(2**20)) for i in range(12)]  # 96 MB, and somebody needs them
-        meter = Meters().meter("trial")
-        outcome = ensure(alone[0], e, "effects", crew=crew_of(e.run, share_out(e.run, resources()), meter))
+        told: list[tuple[str, int, int]] = []
+        crew = crew_of(e.run, share_out(e.run, resources()), lambda *state: told.append(state))
+        outcome = ensure(alone[0], e, "effects", crew=crew)
+        what, done, total = told[-1]  # the workers' progress, told here
+        assert what == "directions"
+        assert done == total > e.directions.images - e.directions.batch_size
         assert [float(ray.get(ref)[0]) for ref in held] == [np.random.default_rng(i).random() for i in range(12)]
     finally:
         ray.shutdown()

@@ -139,6 +139,15 @@ def test_the_sizes_of_a_listing_are_those_on_the_disk(tmp_path: Path) -> None:
     assert upload.size == sum((tmp_path / name).stat().st_size for name in CODE)
 
 
+def test_a_limit_that_is_no_size_is_told_with_what_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    submit.add_options(parser)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--max-upload", "many", "jobs/hello.py"])
+    assert stopped.value.code == 2
+    assert "--max-upload: 'many' is not a size: write e.g. 500MB" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes, each told before anything is sent
 

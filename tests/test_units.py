@@ -8,7 +8,19 @@ from diffex.units import human_age, human_size, size, span
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("20GB", 2e10), ("1.5 TiB", 1.5 * 2**40), ("500m", 5e8), ("7", 7), ("3 kB", 3000), ("0b", 0)]
+    ("text", "count"),
+    [
+        ("20GB", 2e10),
+        ("1.5 TiB", 1.5 * 2**40),
+        ("500m", 5e8),
+        ("7", 7),
+        ("3 kB", 3000),
+        ("0b", 0),
+        ("1000", 1000),
+        ("64MiB", 2**26),
+        ("1.5 GB", 1_500_000_000),
+        ("2kb", 2000),
+    ],
 )
 def test_sizes_are_read(text: str, count: float) -> None:
     assert size(text) == count
@@ -19,7 +31,7 @@ def test_times_are_read(text: str, seconds: float) -> None:
     assert span(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "GB", "1.2.3GB", "5 miles", "-1GB", "1i"])
+@pytest.mark.parametrize("text", ["", "GB", "1.2.3GB", "5 miles", "-1GB", "1i", "many", "inf"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         size(text)
