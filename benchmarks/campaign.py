@@ -106,9 +106,15 @@ def tasks_of(
 
 
 def ordered(trials: list[list[str]], order: str) -> list[list[str]]:
-    """Trials as 'listed' (a grid: those of one autoencoder come together), or in a 'random' order, as a sampler's."""
-    if order == "listed":
+    """Trials in the order of a 'grid', as it is listed; 'together', those that share most beside each other; or in a
+    'random' order, as a sampler's."""
+    if order == "grid":
         return trials
+    if order == "together":
+        first: dict[str, int] = {}
+        for digest in (d for trial in trials for d in trial):
+            first.setdefault(digest, len(first))
+        return sorted(trials, key=lambda trial: [first[d] for d in trial])
     return [trials[int(i)] for i in np.random.default_rng(0).permutation(len(trials))]
 
 
@@ -131,10 +137,13 @@ def prepared_of(plan: Budget, stages: Iterable[str] = PREPARED) -> list[list[str
 
 
 def grid(base: Experiment, weights: int = 4, settings: int = 6) -> list[Experiment]:
-    """Trials of a sweep with a shared prefix: so many lambda_1, each with so many settings of the directions."""
+    """Trials of a sweep with a shared prefix: so many lambda_1, each with so many settings of the directions.
+
+    In ``Sweep.grid``'s order: lambda_1, which decides the earlier stage, varies fastest.
+    """
     return [
         base.with_settings({"autoencoder.lambda1": float(a), "directions.lambda2": float(b)})
-        for a in np.geomspace(0.03, 3.0, weights).round(6) for b in np.geomspace(0.1, 10.0, settings).round(6)
+        for b in np.geomspace(0.1, 10.0, settings).round(6) for a in np.geomspace(0.03, 3.0, weights).round(6)
     ]  # fmt: skip
 
 
@@ -259,7 +268,7 @@ def main() -> None:
     add("--images", type=float, default=1e5, help="cells in the screen")
     add("--channels", type=int, default=3)
     add("--grid", default="4x6", help="values of lambda1 x settings of the directions")
-    add("--order", default="random", choices=("random", "listed"), help="of the trials")
+    add("--order", default="random", choices=("random", "grid", "together"), help="of the trials")
     add("--rank", type=int, default=64, help="dimensions of the code's subspace")
     add("--gpus", type=int, default=8)
     add("--workers", type=int, default=1, help="GPUs that train one model together (replay: trials at a time)")

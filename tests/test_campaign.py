@@ -24,6 +24,8 @@ from scheduler import HOUR, Fleet, Simulation, Task, expected_waste, summary  # 
 
 from diffex.config import load  # noqa: E402
 from diffex.plan import budget  # noqa: E402
+from diffex.search import Sweep  # noqa: E402
+from diffex.space import Levels  # noqa: E402
 
 TINY = load(Path(__file__).with_name("tiny.yaml"))
 
@@ -330,3 +332,18 @@ def test_measured_tables_are_made_of_the_measured_figures() -> None:
     assert "0.49" in scaling_tables.memory({}, measured)  # 30 of 61 GB
     assert "12.3 TB" in scaling_tables.cells({"recipe": "bbbc021@64"}, {**measured, "rows": [
         {**row, "recipe": "bbbc021@64"} for row in rows]})  # fmt: skip
+
+
+def test_the_order_of_a_grid_is_that_of_a_sweep_and_together_is_what_shares_most() -> None:
+    experiments = campaign.grid(TINY, 2, 3)
+    weights = sorted({e.autoencoder.lambda1 for e in experiments})
+    settings = sorted({e.directions.lambda2 for e in experiments})
+    space = {"autoencoder.lambda1": Levels(tuple(weights)), "directions.lambda2": Levels(tuple(settings))}
+    asked = Sweep(name="s", base=TINY, space=space, sampler="grid")
+    assert experiments == [TINY.with_settings(point) for point in asked.grid()]
+
+    trials = budget(experiments).trials
+    assert campaign.ordered(trials, "grid") == trials
+    together = campaign.ordered(trials, "together")
+    assert together == [trials[i] for i in (0, 2, 4, 1, 3, 5)]
+    assert sorted(campaign.ordered(trials, "random")) == sorted(trials)
