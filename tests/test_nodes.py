@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -264,12 +265,16 @@ def test_more_trials_of_two_workers_than_fit_wait_for_each_other_and_none_for_ev
     alone: tuple[Store, Outcome], tmp_path: Path
 ) -> None:
     """Two CPUs, trials of two workers: a trial that held a CPU itself would wait for its own workers."""
+    store = Store(shutil.copytree(alone[0].root, tmp_path / "store"))
+    shared = ("ruler", "robust")  # side by side, before the trials
+    for stage in (*shared, "directions", "replicas", "effects", "evidence", "truth", "scoreboard", "pictures"):
+        shutil.rmtree(store.root / stage, ignore_errors=True)  # what is made anew
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         (tmp_path / "out").mkdir()
         result = run_sweep(
             Sweep(name="nested", base=TWO, space={"directions.lambda2": SPACE["directions.lambda2"]}, sampler="grid"),
-            output=tmp_path / "out", store=tmp_path / "store", trials=3, target=None, say=lambda line: None,
+            output=tmp_path / "out", store=store.address, trials=3, target=None, say=lambda line: None,
         )  # fmt: skip
     finally:
         ray.shutdown()

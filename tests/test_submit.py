@@ -298,6 +298,18 @@ def test_a_script_runs_on_the_uploaded_code_with_its_arguments_and_environment(
     assert "succeeded" in err
 
 
+def test_the_first_ablation_is_submitted_from_this_repository_itself(
+    open_head: Head, here: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    status = run("--address", open_head.url, "ablations/channels.py", "--", "--dry-run", "--seeds", "2")
+    out, err = capfd.readouterr()
+    assert status == 0, out + err
+    assert f"upload of {Path.cwd()}" in out
+    assert "2 seeds" in out  # the plan, told by the job
+    assert "succeeded" in err
+
+
 def test_a_script_that_fails_gives_its_exit_code_and_the_same_name_then_makes_a_new_job(
     open_head: Head, here: Path, capfd: Captured
 ) -> None:
