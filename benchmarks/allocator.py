@@ -2,7 +2,8 @@
 
     python benchmarks/allocator.py --out benchmarks/results/allocator.json
 
-Each measurement is a process of its own with one thread; ratios are without / with, so above 1 is a gain.
+Each measurement is a process of its own with one thread of torch's: the main one, or another, which is where Ray runs
+trials and trainings.  Ratios are without / with, so above 1 is a gain.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from threading import Thread
 from typing import Any
 
 import torch
@@ -32,7 +35,17 @@ from diffex.train import AutoencoderTask
 BATCH = {"rendering": 16, "training": 32}
 
 
-def measure(what: str, keep: bool, folder: str, seconds: float, answer: Any) -> None:
+def measure(what: str, aside: bool, keep: bool, folder: str, seconds: float, answer: Any) -> None:
+    """Put into ``answer`` what ``measured`` finds, in the main thread or aside from it."""
+    thread = Thread(target=lambda: answer.put(measured(what, keep, folder, seconds)))
+    if aside:
+        thread.start()
+        thread.join()
+    else:
+        thread.run()
+
+
+def measured(what: str, keep: bool, folder: str, seconds: float) -> dict[str, float]:
     """Median seconds of a call, the system's share of all CPU time, and the process's largest memory."""
     torch.set_num_threads(1)
     if keep:
@@ -65,7 +78,7 @@ def measure(what: str, keep: bool, folder: str, seconds: float, answer: Any) -> 
         took.append(time.perf_counter() - last)
     after = resource.getrusage(resource.RUSAGE_SELF)
     system, user = after.ru_stime - before.ru_stime, after.ru_utime - before.ru_utime
-    answer.put({"seconds": median(took), "system": system / (system + user), "peak_bytes": after.ru_maxrss * 1024})
+    return {"seconds": median(took), "system": system / (system + user), "peak_bytes": after.ru_maxrss * 1024}
 
 
 def main() -> None:
@@ -78,22 +91,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         image_store(Path(folder), 2, load("assay").data.size)
 
-        def one(what: str, keep: bool) -> dict[str, float]:
+        def one(what: str, aside: bool, keep: bool) -> dict[str, float]:
             answer = context.Queue()
-            process = context.Process(target=measure, args=(what, keep, folder, options.seconds, answer))
+            process = context.Process(target=measure, args=(what, aside, keep, folder, options.seconds, answer))
             process.start()
             result: dict[str, float] = answer.get()
             process.join()
             return result
 
-        for what in BATCH:
-            rows = [(one(what, False), one(what, True)) for _ in range(options.pairs)]
+        for what, aside in product(BATCH, (False, True)):
+            rows = [(one(what, aside, False), one(what, aside, True)) for _ in range(options.pairs)]
             ratios = [a["seconds"] / b["seconds"] for a, b in rows]
-            found[what] = {
+            name = f"{what}, in a thread" if aside else what
+            found[name] = {
                 "batch": BATCH[what], "ratio": median(ratios), "range": [min(ratios), max(ratios)],
                 "without": [a for a, _ in rows], "with": [b for _, b in rows],
             }  # fmt: skip
-            print(what, f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+            print(name, f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
     options.out.write_text(json.dumps({"torch": torch.__version__, **found}, indent=1), encoding="utf-8")
 
 

@@ -53,8 +53,12 @@ def keep_freed_memory() -> None:
 
     By itself glibc gives every large block back to the kernel, which then fills the pages of each new activation with
     zeros: a sixth of a rendering's time on a CPU (benchmarks/allocator.py).  Other C libraries are left alone.
+
+    A thread, which is where Ray runs trials and trainings, has heaps of 64 MB of its own, and glibc gives an empty one
+    back whatever the threshold, unless less than ``top_pad`` would be left.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # numbers of malloc.h
         library.mallopt(mmap_threshold, 32 * 2**20)  # the most that glibc takes everywhere
         library.mallopt(trim_threshold, 512 * 2**20)
+        library.mallopt(top_pad, 64 * 2**20)
