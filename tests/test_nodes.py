@@ -305,6 +305,25 @@ def test_a_full_object_store_spills_and_nothing_is_lost(alone: tuple[Store, Outc
     assert table(outcome)[1] == pytest.approx(table(again)[1], abs=1e-3)
 
 
+def test_an_elastic_training_makes_do_with_the_workers_that_there_are(
+    alone: tuple[Store, Outcome], tmp_path: Path
+) -> None:
+    e = TWO.with_settings({"run.min_workers": 1})
+    store = Store(shutil.copytree(alone[0].root, tmp_path / "store"))
+    shutil.rmtree(store.root / "directions")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        meter = Meters().meter("trial")
+        outcome = ensure(
+            store, e, "directions", progress=meter, crew=crew_of(e.run, share_out(e.run, resources()), meter)
+        )
+    finally:
+        ray.shutdown()
+    assert outcome.paid == ["directions"]
+    found, expected = (json.loads((o["directions"].path / "history.json").read_text()) for o in (outcome, alone[1]))
+    assert found == expected  # one worker, on Ray Train or not, computes the same
+
+
 SWEEP = [
     sys.executable, str(ROOT / "sweeps" / "direction_sweep.py"), "--recipe", str(ROOT / "tests" / "tiny.yaml"),
     "--sampler", "grid", "--vary", "directions.lambda2=[0.5, 1.0, 2.0, 4.0]", "--vary", "directions.tau=[0.5]",
