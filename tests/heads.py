@@ -11,9 +11,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 from urllib.request import urlopen
 
 import pytest
+from ray.cluster_utils import Cluster
 
 TOKEN = "a-token-of-this-test-only"
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -85,6 +88,12 @@ class Head:
             self.process.wait(8)
         self.kill()
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+def several_nodes(**head: Any) -> Cluster:
+    """The head of a cluster to which nodes are added; ``ray.init()`` in other processes does not find, and join, it."""
+    with patch("ray._private.utils.write_ray_address"):
+        return Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head})
 
 
 def heads(mode: str, num_cpus: int = 1) -> Iterator[Head]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heads import several_nodes
 
 from diffex.cli import main
 from diffex.config import Assay, Data
@@ -274,9 +275,8 @@ def test_workers_of_a_cluster_write_the_same_bytes(
 def test_a_node_that_is_lost_in_the_middle_costs_nothing(
     screen: Path, fields: tuple[ImageStore, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = several_nodes(num_cpus=1)
     try:
         other = cluster.add_node(num_cpus=1)
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)

@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
-from heads import Head
-from ray.cluster_utils import Cluster
+from heads import Head, several_nodes
 from safetensors import safe_open
 
 from diffex.cluster import Meters, resources, share_out
@@ -49,10 +48,7 @@ class Nodes:
     """A cluster of a head without CPUs and single-CPU nodes, on this machine."""
 
     def __init__(self, number: int) -> None:
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20},
-        )
+        self.cluster = several_nodes(num_cpus=0, object_store_memory=100 * 2**20)
         self.nodes = [self.add() for _ in range(number)]
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error")
 
@@ -279,6 +275,7 @@ def test_more_trials_of_two_workers_than_fit_wait_for_each_other_and_none_for_ev
     finally:
         ray.shutdown()
     assert result.failed == []
+    assert [{"directions", "effects"} <= set(r["paid"].split(", ")) for r in result.rows] == [True] * 3
     (same,) = [r for r in result.rows if r["directions.lambda2"] == 1.0]
     row = json.loads((alone[1]["scoreboard"].path / "row.json").read_text(encoding="utf-8"))
     for measure, tolerance in SAME.items():
