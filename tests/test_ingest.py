@@ -275,7 +275,6 @@ def test_workers_of_a_cluster_write_the_same_bytes(
 def test_a_node_that_is_lost_in_the_middle_costs_nothing(
     screen: Path, fields: tuple[ImageStore, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     cluster = several_nodes(num_cpus=1)
     try:
         other = cluster.add_node(num_cpus=1)
